@@ -1,0 +1,31 @@
+"""Errors a user can act on. `cli` catches LlmqError once, prints its sentence and exits with its code."""
+
+
+class LlmqError(Exception):
+    """Base of all errors that llmq raises on purpose; str() is one sentence: what, why, and the next step."""
+
+    exit_code = 1
+
+
+class UsageError(LlmqError):
+    """What was asked for cannot be: a bad option value, an unknown model name, an output that is the input."""
+
+    exit_code = 2
+
+
+class ResourceError(LlmqError):
+    """Refused before it could hurt: too little memory or disk."""
+
+    exit_code = 3
+
+
+class FileFormatError(LlmqError):
+    """A model file is damaged, truncated, or not what it says."""
+
+    exit_code = 4
+
+
+class UnsupportedError(LlmqError):
+    """A valid file that llmq cannot run: an architecture, a tensor type or a tokenizer it does not know."""
+
+    exit_code = 1

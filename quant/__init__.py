@@ -1,0 +1,1 @@
+"""The quantizer: checkpoints in, GGUF files out."""
