@@ -1,0 +1,206 @@
+"""The one way to compile: `jit` for inner functions, `kernel` for entry points with a verified on-disk cache.
+
+A kernel takes addresses and scalars and is called through ctypes, which lets go of the GIL. What is kept on disk is
+the machine code and a symbol name, nothing pickled; each file carries its own sha256 and is read only from a folder
+that belongs to the user alone. Whatever is in doubt is compiled again.
+"""
+
+import ctypes
+import hashlib
+import os
+import stat
+import struct
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import llvmlite
+import numba
+from numba import njit, types
+from numba.core.ccallback import CFunc
+from numba.core.registry import cpu_target
+from platformdirs import user_cache_path
+
+# nnan and ninf stay out: masks are -inf, and a NaN must stay one.
+FASTMATH = {"nsz", "arcp", "contract", "afn", "reassoc"}
+OPTIONS = {"error_model": "numpy", "fastmath": FASTMATH}
+MAGIC = b"llmq-kernel-1\n"
+KEPT_STAMPS = 4
+
+jit = njit(nogil=True, forceinline=True, no_cpython_wrapper=True, no_cfunc_wrapper=True, **OPTIONS)
+
+_CTYPES = {types.int64: ctypes.c_int64, types.float32: ctypes.c_float}
+_compile_lock = threading.Lock()
+
+
+class CompileLog:
+    """Who is told when a kernel has to be compiled, and how long compiling took so far (seconds)."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.listener: Callable[[str], None] | None = None
+
+
+compile_log = CompileLog()
+
+
+class Kernel:
+    """A compiled entry point: `address` for calls from other kernels, `__call__` for calls from Python."""
+
+    def __init__(self, function: Callable[..., Any], signature: Any, name: str) -> None:
+        self.name = name
+        # Numba derives symbol names from this one; kernels of one factory must not share it.
+        function.__name__ = function.__qualname__ = name
+        self._function = function
+        self._signature = signature
+        self._library: Any = None
+        self._address: int | None = None
+        self._call: Any = None
+
+    @property
+    def address(self) -> int:
+        if self._address is None:
+            with _compile_lock:
+                if self._address is None:
+                    self._address = self._load() or self._compile()
+        return self._address
+
+    def __call__(self, *args: Any) -> None:
+        if self._call is None:
+            argtypes = [_CTYPES.get(arg, ctypes.c_void_p) for arg in self._signature.args]
+            self._call = ctypes.CFUNCTYPE(None, *argtypes)(self.address)
+        self._call(*args)
+
+    def assembly(self) -> str:
+        """The machine code as text; compiles without the cache."""
+        with _compile_lock:
+            return self._cfunc()._library.get_asm_str()
+
+    def _cfunc(self) -> CFunc:
+        cfunc = CFunc(self._function, (self._signature.args, types.void), locals={}, options=dict(OPTIONS))
+        cfunc.compile()
+        return cfunc
+
+    def _load(self) -> int | None:
+        folder = cache_folder()
+        found = read_cached(folder / f"{self.name}.o") if folder else None
+        if found is None:
+            return None
+        symbol, objects, bitcode = found
+        codegen = cpu_target.target_context.codegen()
+        self._library = codegen.unserialize_library((self.name, "object", (objects, bitcode)))
+        return self._library.get_pointer_to_function(symbol)
+
+    def _compile(self) -> int:
+        if compile_log.listener:
+            compile_log.listener(self.name)
+        start = time.perf_counter()
+        cfunc = self._cfunc()
+        compile_log.seconds += time.perf_counter() - start
+        self._library = cfunc._library
+        folder = cache_folder()
+        if folder:
+            _name, _kind, (objects, bitcode) = self._library.serialize_using_object_code()
+            write_cached(folder / f"{self.name}.o", cfunc.native_name, objects, bitcode)
+        return cfunc.address
+
+
+def kernel(*argtypes: Any, name: str = "") -> Callable[[Callable[..., Any]], Kernel]:
+    """Decorate a function of addresses and sizes (int64), float32 and pointers to records; compiled at first use."""
+
+    def wrap(function: Callable[..., Any]) -> Kernel:
+        return Kernel(function, types.void(*argtypes), name or function.__name__)
+
+    return wrap
+
+
+def read_cached(path: Path) -> tuple[str, bytes, bytes] | None:
+    """Symbol, object code and bitcode of one cache file, or None when it is absent or not what was written."""
+    try:
+        raw = path.read_bytes()
+    except OSError:
+        return None
+    head = len(MAGIC) + 32
+    payload = raw[head:]
+    if raw[: len(MAGIC)] != MAGIC or raw[len(MAGIC) : head] != hashlib.sha256(payload).digest():
+        return None
+    n_symbol, n_object = struct.unpack_from("<IQ", payload)
+    at = struct.calcsize("<IQ")
+    symbol, at = payload[at : at + n_symbol].decode(), at + n_symbol
+    return symbol, payload[at : at + n_object], payload[at + n_object :]
+
+
+def write_cached(path: Path, symbol: str, objects: bytes, bitcode: bytes) -> None:
+    """Write one cache file under a temporary name and rename it; a full or read-only disk only means no cache."""
+    payload = struct.pack("<IQ", len(symbol), len(objects)) + symbol.encode() + objects + bitcode
+    try:
+        fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=".new-")
+        try:
+            with os.fdopen(fd, "wb") as file:
+                file.write(MAGIC + hashlib.sha256(payload).digest() + payload)
+            Path(temporary).replace(path)
+        except OSError:
+            Path(temporary).unlink(missing_ok=True)
+    except OSError:
+        return
+
+
+def cache_root() -> Path:
+    """Where compiled kernels are kept: $LLMQ_CACHE_DIR or the user's cache folder."""
+    configured = os.environ.get("LLMQ_CACHE_DIR")
+    return (Path(configured) if configured else user_cache_path("llmq")) / "kernels"
+
+
+_folder: list[Path | None] = []
+
+
+def cache_folder() -> Path | None:
+    """The folder for this code, these versions and this processor; None when it is not private to the user."""
+    if not _folder:
+        _folder.append(_open_folder())
+    return _folder[0]
+
+
+def _open_folder() -> Path | None:
+    root, stamp = cache_root(), source_stamp()
+    folder = root / stamp
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        root.chmod(0o700)
+        others = sorted((p for p in root.iterdir() if p.name != stamp), key=lambda p: p.stat().st_mtime)
+        for old in others[:-KEPT_STAMPS]:
+            for file in old.iterdir():
+                file.unlink()
+            old.rmdir()
+        private = is_private(root) and is_private(folder)
+    except OSError:
+        return None
+    return folder if private else None
+
+
+def is_private(folder: Path) -> bool:
+    """A real folder that only this user can write to (on systems that have such owners)."""
+    info = folder.lstat()
+    if not hasattr(os, "getuid"):
+        return stat.S_ISDIR(info.st_mode)
+    return stat.S_ISDIR(info.st_mode) and info.st_uid == os.getuid() and not info.st_mode & 0o022
+
+
+def source_stamp() -> str:
+    """Names a cache folder: the kernels' sources, the compiler's versions, and the processor compiled for."""
+    digest = hashlib.sha256()
+    here = Path(__file__).parent
+    for path in sorted([*here.glob("*.py"), *here.glob("kernels/*.py"), *here.glob("engine/*.py")]):
+        digest.update(path.read_bytes())
+    for path in sorted((here.parent / "quant").glob("*.py")):
+        digest.update(path.read_bytes())
+    digest.update(repr((numba.__version__, llvmlite.__version__, codegen_target())).encode())
+    return digest.hexdigest()[:20]
+
+
+def codegen_target() -> tuple[str, str, str]:
+    """Triple, processor name and feature string that code is generated for."""
+    return cpu_target.target_context.codegen().magic_tuple()

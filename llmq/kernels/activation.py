@@ -1,0 +1,107 @@
+"""Activations in the form that a weight format's dot product wants, 256 at a time.
+
+A product with `n` tokens reads groups in the order [group][token], so that the tokens of one group lie together.
+
+  FLOAT   256 x f32                                            1024 bytes   for F32, F16, BF16 weights
+  K       f32 d | 28 unused | i16 sums[16] | i8 q[256]          320 bytes   one scale per 256; sums of 16 q
+  BLOCK   f32 d[8] | f32 s[8] | i8 q[256]                       320 bytes   one scale per 32; s = d * sum of its q
+"""
+
+import numpy as np
+from numba import types
+
+from llmq.jit import jit, kernel
+from llmq.simd import (
+    abs_f32x16,
+    add_lanes_i32x16,
+    clear_bytes,
+    copy_bytes,
+    i8_of_i32x16,
+    i32_of_f32x16,
+    load_f32x16,
+    max_f32x16,
+    max_lanes_f32x16,
+    round_f32x16,
+    splat_f32x16,
+    splat_i32x16,
+    stack,
+    store_f32,
+    store_i8x16,
+    store_i16,
+)
+
+FLOAT, K, BLOCK = 0, 1, 2
+GROUP_BYTES = (1024, 320, 320)
+VALUES = 64  # offset of q in K and BLOCK groups
+
+
+@jit
+def largest(x, n):  # type: ignore[no-untyped-def]
+    """Largest magnitude among `n` floats (a multiple of 16) at address `x`."""
+    top = splat_f32x16(np.float32(0))
+    for i in range(0, n, 16):
+        top = max_f32x16(top, abs_f32x16(load_f32x16(x + 4 * i)))
+    return max_lanes_f32x16(top)
+
+
+@jit
+def quantize16(q, x, inverse):  # type: ignore[no-untyped-def]
+    """Write round(x * inverse) of 16 floats as bytes; returns their sum."""
+    values = i32_of_f32x16(round_f32x16(load_f32x16(x) * splat_f32x16(inverse)))
+    store_i8x16(q, i8_of_i32x16(values))
+    return add_lanes_i32x16(values)
+
+
+@jit
+def inverse_scale(top):  # type: ignore[no-untyped-def]
+    return np.float32(127) / top if top > np.float32(0) else np.float32(0)
+
+
+@jit
+def quantize_k(out, x):  # type: ignore[no-untyped-def]
+    """256 floats at `x` to one K group at `out`."""
+    top = largest(x, 256)
+    inverse = inverse_scale(top)
+    store_f32(out, top / np.float32(127))
+    for i in range(16):
+        total = quantize16(out + VALUES + 16 * i, x + 64 * i, inverse)
+        store_i16(out + 32 + 2 * i, np.int16(total))
+
+
+@jit
+def quantize_block(out, x):  # type: ignore[no-untyped-def]
+    """256 floats at `x` to one BLOCK group at `out`."""
+    for i in range(8):
+        at = x + 128 * i
+        top = largest(at, 32)
+        inverse, d = inverse_scale(top), top / np.float32(127)
+        q = out + VALUES + 32 * i
+        total = quantize16(q, at, inverse) + quantize16(q + 16, at + 64, inverse)
+        store_f32(out + 4 * i, d)
+        store_f32(out + 32 + 4 * i, d * np.float32(total))
+
+
+@jit
+def prepare_group(out, kind, x, n):  # type: ignore[no-untyped-def]
+    """One group of `kind` at `out` from `n` <= 256 floats at `x`; missing ones count as zero."""
+    source = x
+    if n < 256:
+        source = stack(1024)
+        clear_bytes(source, 1024)
+        copy_bytes(source, x, 4 * n)
+    if kind == FLOAT:
+        copy_bytes(out, source, 1024)
+    elif kind == K:
+        quantize_k(out, source)
+    else:
+        quantize_block(out, source)
+
+
+@kernel(types.int64, types.int64, types.int64, types.int64, types.int64, name="prepare")
+def prepare(out, kind, x, n, n_tokens):  # type: ignore[no-untyped-def]
+    """Rows x [n_tokens][n] of floats to groups [ceil(n / 256)][n_tokens] of `kind` at `out`."""
+    size = 1024 if kind == FLOAT else 320
+    for token in range(n_tokens):
+        for group in range((n + 255) // 256):
+            at = out + (group * n_tokens + token) * size
+            prepare_group(at, kind, x + 4 * (token * n + 256 * group), min(256, n - 256 * group))

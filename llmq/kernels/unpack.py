@@ -1,0 +1,234 @@
+"""One small set of functions per block format: packed bytes to lanes of unsigned weights, scales and offsets.
+
+Work goes by groups of 256 weights (one K block, or eight blocks of 32). `lanes(w, j)` gives weights 64j to 64j+63 of
+the group at address `w` as unsigned bytes `u`. What they mean:
+  K formats     x = d * scale * u - dm * min     scale and min are small integers, one per 16 weights
+  blocks of 32  x = d * u + c                    one d and c per block
+  floats        x as it is, 16 at a time
+Layouts are drawn in llmq/formats.py.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from llmq.formats import BF16, F16, F32, Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K, Q6_K, Q8_0, Format
+from llmq.jit import jit
+from llmq.simd import (
+    bits_u8x32,
+    f32_of_bf16x16,
+    i16_of_i8x16,
+    join_u8x32,
+    load_f16,
+    load_f16x16,
+    load_f32x16,
+    load_i8x16,
+    load_u8x16,
+    load_u8x32,
+    load_u8x64,
+    load_u16x16,
+    load_u32,
+    nibbles_u8x32,
+    nibbles_u8x64,
+    shifted_bits,
+    splat_u8x32,
+    splat_u8x64,
+    twice_i8x16,
+)
+
+GROUP = 256
+
+
+@dataclass(frozen=True, slots=True)
+class KFormat:
+    """Super-blocks of 256: integer scales and mins under two half-float factors."""
+
+    format: Format
+    sub: int  # weights per scale: 32 or 16
+    lanes: Callable[..., Any]  # (w, j) -> u8x64, below 128
+    scales: Callable[..., Any]  # (w) -> i8x16, one per 16 weights
+    mins: Callable[..., Any]  # (w) -> i16x16, one per 16 weights
+    factors: Callable[..., Any]  # (w) -> d, dm
+
+
+@dataclass(frozen=True, slots=True)
+class BlockFormat:
+    """Blocks of 32 weights with a half-float scale and an offset."""
+
+    format: Format
+    full: bool  # lanes use all eight bits
+    lanes: Callable[..., Any]  # (w, j) -> u8x64
+    factors: Callable[..., Any]  # (address of one block) -> d, c
+
+
+@dataclass(frozen=True, slots=True)
+class FloatFormat:
+    """Plain floats."""
+
+    format: Format
+    lanes: Callable[..., Any]  # (address) -> f32x16
+
+
+# Q4_K and Q5_K keep 8 scales and 8 mins of 6 bits in 12 bytes. As three little-endian words a, b, c:
+#   a: byte i holds  hh ssssss   scale i      (i = 0..3), h = bits 4, 5 of scale i+4
+#   b: byte i holds  hh mmmmmm   min i                  , h = bits 4, 5 of min i+4
+#   c: byte i holds  mmmm ssss   low 4 bits of min i+4 and scale i+4
+LOW6, LOW4, LOW2 = np.uint32(0x3F3F3F3F), np.uint32(0x0F0F0F0F), np.uint32(0x03030303)
+
+
+@jit
+def _six_bits(low, packed, high):  # type: ignore[no-untyped-def]
+    upper = packed | (((high >> np.uint32(6)) & LOW2) << np.uint32(4))
+    return np.uint64(low & LOW6) | (np.uint64(upper) << np.uint64(32))
+
+
+@jit
+def k45_scales(w):  # type: ignore[no-untyped-def]
+    a, c = load_u32(w + 4), load_u32(w + 12)
+    return twice_i8x16(_six_bits(a, c & LOW4, a))
+
+
+@jit
+def k45_mins(w):  # type: ignore[no-untyped-def]
+    b, c = load_u32(w + 8), load_u32(w + 12)
+    return i16_of_i8x16(twice_i8x16(_six_bits(b, (c >> np.uint32(4)) & LOW4, b)))
+
+
+@jit
+def k45_factors(w):  # type: ignore[no-untyped-def]
+    return load_f16(w), load_f16(w + 2)
+
+
+@jit
+def q4_k_lanes(w, j):  # type: ignore[no-untyped-def]
+    return nibbles_u8x64(load_u8x32(w + 16 + 32 * j))
+
+
+@jit
+def q5_k_lanes(w, j):  # type: ignore[no-untyped-def]
+    bit = np.uint8(2 * j)
+    fifth = shifted_bits(load_u8x32(w + 16), bit, bit + np.uint8(1), np.uint8(1), np.uint8(4))
+    return nibbles_u8x64(load_u8x32(w + 48 + 32 * j)) | fifth
+
+
+@jit
+def q6_k_lanes(w, j):  # type: ignore[no-untyped-def]
+    half, shift = j >> 1, np.uint8(4 * (j & 1))
+    low = (load_u8x64(w + 64 * half) >> splat_u8x64(shift)) & splat_u8x64(np.uint8(15))
+    upper = load_u8x32(w + 128 + 32 * half)
+    return low | shifted_bits(upper, shift, shift + np.uint8(2), np.uint8(3), np.uint8(4))
+
+
+@jit
+def q6_k_scales(w):  # type: ignore[no-untyped-def]
+    return load_i8x16(w + 192)
+
+
+@jit
+def q6_k_mins(w):  # type: ignore[no-untyped-def]
+    return i16_of_i8x16(load_i8x16(w + 192))
+
+
+@jit
+def q6_k_factors(w):  # type: ignore[no-untyped-def]
+    d = load_f16(w + 208)
+    return d, d * np.float32(32)
+
+
+@jit
+def q8_0_lanes(w, j):  # type: ignore[no-untyped-def]
+    w += 68 * j
+    return join_u8x32(load_u8x32(w + 2), load_u8x32(w + 36)) ^ splat_u8x64(np.uint8(128))
+
+
+@jit
+def q8_0_factors(w):  # type: ignore[no-untyped-def]
+    d = load_f16(w)
+    return d, d * np.float32(-128)
+
+
+@jit
+def q4_0_lanes(w, j):  # type: ignore[no-untyped-def]
+    w += 36 * j
+    return join_u8x32(nibbles_u8x32(load_u8x16(w + 2)), nibbles_u8x32(load_u8x16(w + 20)))
+
+
+@jit
+def q4_0_factors(w):  # type: ignore[no-untyped-def]
+    d = load_f16(w)
+    return d, d * np.float32(-8)
+
+
+@jit
+def q4_1_lanes(w, j):  # type: ignore[no-untyped-def]
+    w += 40 * j
+    return join_u8x32(nibbles_u8x32(load_u8x16(w + 4)), nibbles_u8x32(load_u8x16(w + 24)))
+
+
+@jit
+def scale_and_min(w):  # type: ignore[no-untyped-def]
+    return load_f16(w), load_f16(w + 2)
+
+
+@jit
+def _five_bits(fifth, low):  # type: ignore[no-untyped-def]
+    bits = bits_u8x32(load_u32(fifth)) << splat_u8x32(np.uint8(4))
+    return nibbles_u8x32(load_u8x16(low)) | bits
+
+
+@jit
+def q5_0_lanes(w, j):  # type: ignore[no-untyped-def]
+    w += 44 * j
+    return join_u8x32(_five_bits(w + 2, w + 6), _five_bits(w + 24, w + 28))
+
+
+@jit
+def q5_0_factors(w):  # type: ignore[no-untyped-def]
+    d = load_f16(w)
+    return d, d * np.float32(-16)
+
+
+@jit
+def q5_1_lanes(w, j):  # type: ignore[no-untyped-def]
+    w += 48 * j
+    return join_u8x32(_five_bits(w + 4, w + 8), _five_bits(w + 28, w + 32))
+
+
+@jit
+def f32_lanes(w):  # type: ignore[no-untyped-def]
+    return load_f32x16(w)
+
+
+@jit
+def f16_lanes(w):  # type: ignore[no-untyped-def]
+    return load_f16x16(w)
+
+
+@jit
+def bf16_lanes(w):  # type: ignore[no-untyped-def]
+    return f32_of_bf16x16(load_u16x16(w))
+
+
+UNPACK: dict[int, KFormat | BlockFormat | FloatFormat] = {
+    unpack.format.id: unpack
+    for unpack in (
+        KFormat(Q4_K, 32, q4_k_lanes, k45_scales, k45_mins, k45_factors),
+        KFormat(Q5_K, 32, q5_k_lanes, k45_scales, k45_mins, k45_factors),
+        KFormat(Q6_K, 16, q6_k_lanes, q6_k_scales, q6_k_mins, q6_k_factors),
+        BlockFormat(Q8_0, True, q8_0_lanes, q8_0_factors),
+        BlockFormat(Q4_0, False, q4_0_lanes, q4_0_factors),
+        BlockFormat(Q4_1, False, q4_1_lanes, scale_and_min),
+        BlockFormat(Q5_0, False, q5_0_lanes, q5_0_factors),
+        BlockFormat(Q5_1, False, q5_1_lanes, scale_and_min),
+        FloatFormat(F32, f32_lanes),
+        FloatFormat(F16, f16_lanes),
+        FloatFormat(BF16, bf16_lanes),
+    )
+}
+
+
+def group_bytes(fmt: Format) -> int:
+    """Bytes of 256 weights."""
+    return GROUP // fmt.block_size * fmt.block_bytes
