@@ -221,6 +221,8 @@ f32_of_bf16x16 = _op(
     lambda b, x: b.bitcast(b.shl(b.zext(x, ll(i32x16)), _const(ll(i32x16), [16] * 16)), ll(f32x16)), f32x16, u16x16
 )
 i16_of_i8x16 = _op(lambda b, x: b.sext(x, ll(i16x16)), i16x16, i8x16)
+i32_of_i8x16 = _op(lambda b, x: b.sext(x, ll(i32x16)), i32x16, i8x16)
+i32_of_i16x16 = _op(lambda b, x: b.sext(x, ll(i32x16)), i32x16, i16x16)
 i8_of_i32x16 = _op(lambda b, x: b.trunc(x, ll(i8x16)), i8x16, i32x16)
 as_u8x64 = _op(lambda b, x: b.bitcast(x, ll(u8x64)), u8x64, i32x16)
 as_i32x16 = _op(lambda b, x: b.bitcast(x, ll(i32x16)), i32x16, u8x64)

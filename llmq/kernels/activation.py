@@ -3,7 +3,7 @@
 A product with `n` tokens reads groups in the order [group][token], so that the tokens of one group lie together.
 
   FLOAT   256 x f32                                            1024 bytes   for F32, F16, BF16 weights
-  K       f32 d | 28 unused | i16 sums[16] | i8 q[256]          320 bytes   one scale per 256; sums of 16 q
+  K       f32 d | 12 unused | i16 sums of 32 q [8] | i16 sums of 16 q [16] | i8 q[256]     320 bytes   one scale
   BLOCK   f32 d[8] | f32 s[8] | i8 q[256]                       320 bytes   one scale per 32; s = d * sum of its q
 """
 
@@ -32,7 +32,7 @@ from llmq.simd import (
 
 FLOAT, K, BLOCK = 0, 1, 2
 GROUP_BYTES = (1024, 320, 320)
-VALUES = 64  # offset of q in K and BLOCK groups
+SUMS32, SUMS16, VALUES = 16, 32, 64  # offsets in K groups; q lies at VALUES in BLOCK groups too
 
 
 @jit
@@ -63,9 +63,12 @@ def quantize_k(out, x):  # type: ignore[no-untyped-def]
     top = largest(x, 256)
     inverse = inverse_scale(top)
     store_f32(out, top / np.float32(127))
-    for i in range(16):
-        total = quantize16(out + VALUES + 16 * i, x + 64 * i, inverse)
-        store_i16(out + 32 + 2 * i, np.int16(total))
+    for i in range(8):
+        low = quantize16(out + VALUES + 32 * i, x + 128 * i, inverse)
+        high = quantize16(out + VALUES + 32 * i + 16, x + 128 * i + 64, inverse)
+        store_i16(out + SUMS16 + 4 * i, np.int16(low))
+        store_i16(out + SUMS16 + 4 * i + 2, np.int16(high))
+        store_i16(out + SUMS32 + 2 * i, np.int16(low + high))
 
 
 @jit

@@ -10,7 +10,7 @@ import numpy as np
 from numba import types
 
 from llmq.jit import Kernel, jit, kernel
-from llmq.kernels.activation import VALUES
+from llmq.kernels.activation import SUMS16, VALUES
 from llmq.kernels.unpack import GROUP, BlockFormat, FloatFormat, KFormat, group_bytes
 from llmq.simd import (
     add_lanes_f32x8,
@@ -58,7 +58,7 @@ def _k_row(unpack: KFormat, size: int) -> Any:
             high = dot_u7s8(zero, lanes(w, 2), load_i8x64(q + 128)) * spread(scale, 2)
             high += dot_u7s8(zero, lanes(w, 3), load_i8x64(q + 192)) * spread(scale, 3)
             acc = fma(f32_of_i32x16(low + high), splat_f32x16(d * dx), acc)
-            sums = dot_i16x16(zero_i32x8(), mins(w), load_i16x16(x + 32))
+            sums = dot_i16x16(zero_i32x8(), mins(w), load_i16x16(x + SUMS16))
             below = fma8(f32_of_i32x8(sums), splat_f32x8(dm * dx), below)
             w += size
             x += x_stride
