@@ -1,0 +1,104 @@
+"""Where models live: a folder of plain GGUF files, one per name. Nothing here opens a model."""
+
+import difflib
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from platformdirs import user_data_path, user_state_path
+
+from llmq.errors import UsageError
+
+BUNDLED = "storyteller"
+BUNDLED_PATH = Path(__file__).with_name("storyteller.gguf")
+SUFFIX = ".gguf"
+
+# A name becomes a file name: no separators, no leading dot or dash, nothing that a terminal could act on.
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """An installed model: its name, its file, and the file's size in bytes."""
+
+    name: str
+    path: Path
+    n_bytes: int
+
+
+def models_dir() -> Path:
+    """$LLMQ_HOME/models, or the user's data folder. It may not exist yet."""
+    home = os.environ.get("LLMQ_HOME")
+    return (Path(home).absolute() if home else user_data_path("llmq")) / "models"
+
+
+def state_dir() -> Path:
+    """$LLMQ_HOME/state, or the user's state folder: what was typed, never models. It may not exist yet."""
+    home = os.environ.get("LLMQ_HOME")
+    return Path(home).absolute() / "state" if home else user_state_path("llmq")
+
+
+def make_private(folder: Path) -> Path:
+    """Creates the folder, for this user only, unless it is there already."""
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return folder
+
+
+def model_path(name: str) -> Path:
+    """The file that a model of this name has in the store. UsageError where the name cannot be one."""
+    if not NAME.fullmatch(name):
+        raise UsageError(
+            f"{name[:70]!a} is not a model name: use 1 to 64 letters, digits, dots, dashes and underscores, "
+            "beginning with a letter or digit"
+        )
+    return models_dir() / (name + SUFFIX)
+
+
+def resolve(name_or_path: str | os.PathLike[str]) -> Path:
+    """The file meant by a name in the store, the bundled model's name, or a path to a .gguf file.
+
+    UsageError where there is no such model, and what to do instead.
+    """
+    text = os.fspath(name_or_path)
+    if text == BUNDLED:
+        return BUNDLED_PATH
+    path = Path(text)
+    is_path = text.endswith(SUFFIX) or path.name != text
+    if not is_path and NAME.fullmatch(text) and model_path(text).is_file():
+        return model_path(text)
+    if path.is_dir():
+        raise UsageError(f"{text[:120]!a} is a folder; make a model of it first with `llmq quantize`")
+    if is_path and path.exists():
+        return path
+    if is_path:
+        raise UsageError(f"there is no file {text[:120]!a}; check the path, or see `llmq list`")
+    raise UsageError(_unknown(text))
+
+
+def _unknown(name: str) -> str:
+    near = difflib.get_close_matches(name, [entry.name for entry in installed()], n=1)
+    hint = f"did you mean {near[0]}?" if near else "`llmq list` shows what is installed"
+    return f"no model is named {name[:70]!a}; {hint}"
+
+
+def installed() -> list[Entry]:
+    """The bundled model, then those in the store by name; files that no name could mean are left out."""
+    bundled = [Entry(BUNDLED, BUNDLED_PATH, BUNDLED_PATH.stat().st_size)] if BUNDLED_PATH.is_file() else []
+    return bundled + [
+        Entry(path.stem, path, path.stat().st_size)
+        for path in sorted(models_dir().glob("*" + SUFFIX))
+        if NAME.fullmatch(path.stem) and path.stem != BUNDLED and path.is_file()
+    ]
+
+
+def remove(name: str) -> Entry:
+    """Deletes a model of the store and returns what it was. UsageError where there is none of that name."""
+    if name == BUNDLED:
+        raise UsageError(f"{BUNDLED} is part of llmq and cannot be removed")
+    path = model_path(name)
+    if not path.is_file():
+        raise UsageError(_unknown(name))
+    entry = Entry(name, path, path.stat().st_size)
+    path.unlink()
+    return entry
