@@ -126,13 +126,13 @@ def _read_counts(header: Header) -> tuple[int, int]:
         raise UnsupportedError(f"{header.file} is a big-endian GGUF file; llmq reads little-endian ones: convert it")
     if version not in (2, 3):
         raise UnsupportedError(f"{header.file} is GGUF version {version}; llmq reads versions 2 and 3")
-    counts = []
-    for what, least in ("tensors", ENTRY_BYTES), ("metadata entries", PAIR_BYTES):
-        counts.append(header.integer(8, f"the number of {what}"))
-        if counts[-1] > COUNT_LIMIT:
-            raise header.damaged(f"it claims {counts[-1]} {what}, more than {COUNT_LIMIT}")
-        header.need(counts[-1] * least, f"{counts[-1]} {what}")
-    return counts[0], counts[1]
+    n_tensors = header.integer(8, "the number of tensors")
+    n_pairs = header.integer(8, "the number of metadata entries")
+    what = f"a header of {n_tensors} tensors and {n_pairs} metadata entries"
+    if max(n_tensors, n_pairs) > COUNT_LIMIT:
+        raise header.damaged(f"{what} is more than there can be")
+    header.need(n_tensors * ENTRY_BYTES + n_pairs * PAIR_BYTES, what)
+    return n_tensors, n_pairs
 
 
 def _read_metadata(header: Header, n_pairs: int) -> dict[str, Any]:
