@@ -3,6 +3,7 @@
 import difflib
 import os
 import re
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,13 +68,22 @@ def resolve(name_or_path: str | os.PathLike[str]) -> Path:
     is_path = text.endswith(SUFFIX) or path.name != text
     if not is_path and NAME.fullmatch(text) and model_path(text).is_file():
         return model_path(text)
-    if path.is_dir():
+    mode = _mode(path)
+    if stat.S_ISDIR(mode):
         raise UsageError(f"{text[:120]!a} is a folder; make a model of it first with `llmq quantize`")
-    if is_path and path.exists():
+    if is_path and mode:
         return path
     if is_path:
         raise UsageError(f"there is no file {text[:120]!a}; check the path, or see `llmq list`")
     raise UsageError(_unknown(text))
+
+
+def _mode(path: Path) -> int:
+    """The file's mode, 0 where there is none: also for text that no system takes for a path."""
+    try:
+        return path.stat().st_mode
+    except (OSError, ValueError):
+        return 0
 
 
 def _unknown(name: str) -> str:
