@@ -10,15 +10,23 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
-from numba import types
+from numba import from_dtype, types
 from numba.core import cgutils
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import intrinsic, lower_builtin, models, register_model
 
 from llmq.jit import codegen_target, jit
 
-I8, I16, I32, I64, F16, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.HalfType(), ir.FloatType()
+I8, I16, I32, I64, F16, F32 = (
+    ir.IntType(8),
+    ir.IntType(16),
+    ir.IntType(32),
+    ir.IntType(64),
+    ir.HalfType(),
+    ir.FloatType(),
+)
 _LL = {
     types.uint8: I8, types.int8: I8, types.int16: I16, types.uint16: I16, types.int32: I32, types.float32: F32,
 }  # fmt: skip
@@ -148,7 +156,7 @@ for _op_, _on_int, _on_float in (
     (operator.add, "add", "fadd"), (operator.sub, "sub", "fsub"), (operator.mul, "mul", "fmul"),
     (operator.and_, "and_", None), (operator.or_, "or_", None), (operator.xor, "xor", None),
     (operator.lshift, "shl", None), (operator.rshift, "lshr", None),
-    (operator.iadd, "add", "fadd"), (operator.ior, "or_", None),
+    (operator.truediv, "fdiv", "fdiv"), (operator.iadd, "add", "fadd"), (operator.ior, "or_", None),
 ):  # fmt: skip
     _lower(_op_, _on_int, _on_float)
 
@@ -168,6 +176,8 @@ load_i32x16, load_f32x16, load_f32x8 = map(_load, (i32x16, f32x16, f32x8))
 load_u32, load_u64 = _load_scalar(types.uint32, I32), _load_scalar(types.uint64, I64)
 load_i32, load_i64 = _load_scalar(types.int32, I32), _load_scalar(types.int64, I64)
 load_i16, load_i8 = _load_scalar(types.int16, I16), _load_scalar(types.int8, I8)
+load_u8 = _load_scalar(types.uint8, I8)
+load_f64 = _load_scalar(types.float64, ir.DoubleType())
 load_f32 = _load_scalar(types.float32, F32)
 
 
@@ -256,7 +266,9 @@ def _max(b: Any, x: Any, y: Any) -> Any:
 
 max_f32x16 = _op(_max, f32x16, f32x16, f32x16)
 # where x < y take a, else b
-where_less = _op(lambda b, x, y, p, q: b.select(b.fcmp_ordered("<", x, y), p, q), f32x16, f32x16, f32x16, f32x16, f32x16)
+where_less = _op(
+    lambda b, x, y, p, q: b.select(b.fcmp_ordered("<", x, y), p, q), f32x16, f32x16, f32x16, f32x16, f32x16
+)
 
 
 def _between(b: Any, x: Any, low: Any, high: Any, inside: Any, outside: Any) -> Any:
@@ -409,6 +421,14 @@ def _store_f16(b: Any, address: Any, x: Any) -> None:
 
 
 store_f16x16 = _op(_store_f16, types.void, ADDRESS, f32x16)
+
+
+def _store_one_f16(b: Any, address: Any, x: Any) -> None:
+    half = b.extract_element(_narrow(b, _splat(b, x, 16)), ir.Constant(I32, 0))
+    b.store(half, _pointer(b, address, I16), align=1)
+
+
+store_f16 = _op(_store_one_f16, types.void, ADDRESS, types.float32)
 
 
 # ---- integer dot products
@@ -576,6 +596,14 @@ def _fma_word(b: Any, i: int, acc: Any, x: Any, at: Any, stride: Any) -> Any:
 tile_fma = _each(_fma_word, (f32x16, ADDRESS, ADDRESS))
 
 
+def _scale_word(b: Any, i: int, acc: Any, at: Any, stride: Any) -> Any:
+    return b.fmul(acc, _splat(b, _word(b, at, stride, i, F32), 16))
+
+
+# acc[i] *= the float at `at + i * stride`
+tile_scale = _each(_scale_word, (ADDRESS, ADDRESS))
+
+
 def _each2(build: Callable[..., Any], other: Any, *takes: Any) -> Any:
     """Like `_each` with a second tile of `other` vectors beside the first: build(builder, i, acc[i], other[i], ...)."""
 
@@ -633,6 +661,16 @@ def tile_store(typingctx: Any, at: Any, stride: Any, tile: Any) -> Any:  # noqa:
     return signature(types.void, ADDRESS, ADDRESS, tile), codegen
 
 
+# ---- threads
+def _pause(b: Any) -> None:
+    if codegen_target()[0].startswith("x86_64"):
+        _call(b, "llvm.x86.sse2.pause", ir.VoidType())
+
+
+# a hint to the processor, inside a waiting loop, that nothing is happening
+pause = _op(_pause, types.void)
+
+
 # ---- calls through an address
 def call(*takes: Any) -> Any:
     """An intrinsic that calls the kernel at an address with these arguments."""
@@ -642,6 +680,20 @@ def call(*takes: Any) -> Any:
         b.call(b.inttoptr(address, t.as_pointer()), values)
 
     return _op(build, types.void, ADDRESS, *takes)
+
+
+def record_at(dtype: np.dtype) -> Any:
+    """An intrinsic that reads the NumPy record at an address, in place."""
+    record = from_dtype(dtype)
+
+    @intrinsic
+    def at(typingctx: Any, address: Any) -> Any:  # noqa: ARG001
+        def codegen(context: Any, b: Any, _sig: Any, args: Any) -> Any:
+            return b.inttoptr(args[0], context.get_value_type(record))
+
+        return signature(record, ADDRESS), codegen
+
+    return at
 
 
 @intrinsic
@@ -660,6 +712,7 @@ def stack(typingctx: Any, n: Any) -> Any:  # noqa: ARG001
     return signature(ADDRESS, n), codegen
 
 
+# Cody and Waite's split of ln 2: the first part has few enough bits that n * LN2_HIGH is exact.
 LN2_HIGH, LN2_LOW = 0.693145751953125, 1.4286067653302e-06
 
 

@@ -1,0 +1,135 @@
+"""The CPU engine: buffers, threads, and batches in; logits out."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from llmq.cache import KVRing
+from llmq.config import ModelConfig
+from llmq.engine.forward import COUNTERS_PER_LAYER, JOB, forward
+from llmq.engine.plan import Plan, make_plan
+from llmq.gguf import GGUF
+from llmq.kernels.activation import GROUP_BYTES
+from llmq.kernels.attention import HEAD_DIM_LIMIT, SCRATCH_BYTES
+from llmq.kernels.panel import PANEL_BYTES
+from llmq.team import Team, aligned
+
+BATCH = 512
+# Weight bytes times rows between two looks at the keyboard: about a third of a second of work on two cores.
+WORK_PER_CALL = 5e10
+
+
+class Engine:
+    """One model ready to run; one batch at a time."""
+
+    def __init__(self, gguf: GGUF, config: ModelConfig, n_threads: int, batch: int = BATCH) -> None:
+        assert config.head_dim <= HEAD_DIM_LIMIT, config.head_dim
+        self.config, self.batch, self.n_threads = config, batch, n_threads
+        self.plan: Plan = make_plan(gguf, config)
+        self._layer_bytes = self.plan.layer_bytes
+        self._rows = 0
+        self._memory: dict[str, np.ndarray] = {}
+        self._job = np.zeros(1, JOB)
+        self._counters = np.zeros(COUNTERS_PER_LAYER * config.n_layers + 1, np.int64)
+        self._team = Team(n_threads, forward.address, self._job)
+        for name, value in (
+            ("model", self.plan.model.ctypes.data), ("shared", self._team.shared),
+            ("counters", self._counters.ctypes.data), ("n_threads", n_threads),
+        ):  # fmt: skip
+            self._job[name] = value
+        self._make_room(1)
+
+    def forward(
+        self,
+        tokens: Sequence[int],
+        positions: Sequence[int],
+        rings: Sequence[KVRing],
+        outputs: Sequence[int] = (),
+    ) -> np.ndarray:
+        """Run rows of (token, position, ring); logits f32 [len(outputs), vocab_size] of the rows listed.
+
+        Rows of one ring stand together, positions ascending. Keys and values are written to the rings; advancing them is
+        the caller's. May be interrupted (KeyboardInterrupt) between layers: then no ring has changed its length.
+        """
+        n_rows, n_layers = len(tokens), self.config.n_layers
+        assert 0 < n_rows <= self.batch, n_rows
+        self._make_room(n_rows)
+        rows = {
+            "tokens": np.asarray(tokens, np.int32),
+            "positions": np.asarray(positions, np.int64),
+            "rings": np.asarray([ring.address for ring in rings], np.int64),
+            "capacities": np.asarray([ring.capacity for ring in rings], np.int64),
+            "output_rows": np.asarray(outputs, np.int64),
+            "logits": np.empty((len(outputs), self.config.vocab_size), np.float32),
+        }
+        assert rows["tokens"].min() >= 0, tokens
+        assert rows["tokens"].max() < self.config.vocab_size, tokens
+        for name, array in rows.items():
+            self._job[name] = array.ctypes.data
+        self._job["n_rows"], self._job["n_outputs"] = n_rows, len(outputs)
+        if not self.config.n_experts:
+            self._one_expert(n_rows)
+        step = max(1, int(WORK_PER_CALL / (self._layer_bytes * n_rows)))
+        self._counters[:] = 0
+        for first in range(0, n_layers, step):
+            self._job["first_layer"], self._job["end_layer"] = first, min(first + step, n_layers)
+            self._team.run(forward)
+        return rows["logits"]
+
+    def close(self) -> None:
+        self._team.close()
+
+    def _one_expert(self, n_rows: int) -> None:
+        """A dense feed-forward is one expert that takes every row with weight 1."""
+        self._memory["starts"].view(np.int32)[:2] = 0, n_rows
+        self._memory["active"].view(np.int32)[:2] = 1, 0
+
+    def _make_room(self, n_rows: int) -> None:
+        """Buffers for batches of up to `n_rows`: they grow when a longer one comes."""
+        if n_rows <= self._rows:
+            return
+        self._rows = n_rows = min(self.batch, 1 << (n_rows - 1).bit_length())
+        for name, n_bytes in self._sizes(n_rows).items():
+            self._memory[name] = aligned(n_bytes)
+            self._job[name] = self._memory[name].ctypes.data
+        tile = 64 * n_rows
+        self._job["tile_bytes"], self._job["panel_at"] = tile, 2 * tile
+        self._job["attention_at"] = 2 * tile + PANEL_BYTES
+        self._job["scratch_bytes"] = self._scratch_bytes(n_rows)
+        if not self.config.n_experts:
+            self._memory["entries"].view(np.int32)[:n_rows] = np.arange(n_rows)
+            self._memory["entry_weights"].view(np.float32)[:n_rows] = 1
+
+    def _scratch_bytes(self, n_rows: int) -> int:
+        return 2 * 64 * n_rows + PANEL_BYTES + -(-SCRATCH_BYTES // 64) * 64
+
+    def _sizes(self, n_rows: int) -> dict[str, int]:
+        c = self.config
+        n_used, n_experts = max(1, c.n_experts_used), max(1, c.n_experts)
+        widest = max(c.dim, c.ffn_dim, c.n_heads * c.head_dim)
+        kinds = self._kinds()
+        groups = n_rows * n_used * -(-widest // 256)
+        return {
+            "x": 4 * n_rows * c.dim,
+            "normed": 4 * n_rows * c.dim,
+            **{f"act{kind}": groups * GROUP_BYTES[kind] * (kind in kinds) for kind in range(3)},
+            "q": 4 * n_rows * c.n_heads * c.head_dim,
+            "k": 4 * n_rows * c.n_kv_heads * c.head_dim,
+            "v": 4 * n_rows * c.n_kv_heads * c.head_dim,
+            "attended": 4 * n_rows * c.n_heads * c.head_dim,
+            "angles": 4 * n_rows * c.head_dim,
+            "hidden": 4 * n_rows * n_used * c.ffn_dim,
+            "chosen": 4 * n_rows * n_used,
+            "chosen_weights": 4 * n_rows * n_used,
+            "entries": 4 * n_rows * n_used,
+            "entry_weights": 4 * n_rows * n_used,
+            "starts": 4 * (n_experts + 1),
+            "active": 4 * (n_experts + 1),
+            "scratch": self.n_threads * self._scratch_bytes(n_rows),
+        }
+
+    def _kinds(self) -> set[int]:
+        """The kinds of activation that any matrix of this model reads."""
+        layers, model = self.plan.layers, self.plan.model
+        names = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+        return {int(kind) for name in names for kind in layers[name]["kind"]} | {int(model["output"]["kind"][0])}

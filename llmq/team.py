@@ -1,0 +1,138 @@
+"""Threads that stay in compiled code: a barrier, a shared work counter, and a team that spins between jobs, then parks.
+
+A job is one call of a kernel with the type `(job record address, thread)` by every thread of the team. Layout of the
+shared words, one per cache line: generation of jobs, stop flag, barrier arrivals, barrier generation, then for each
+thread the last generation that it ran.
+"""
+
+import os
+import threading
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+
+from llmq.jit import jit, kernel
+from llmq.simd import ADDRESS, I64, _op, _pointer, call, pause
+
+GENERATION, STOP, ARRIVED, RELEASED, SEEN = 0, 64, 128, 192, 256
+# A waiting loop turns about this often in a millisecond or two; tokens follow each other faster than that.
+SPINS_BEFORE_PARKING = 40_000
+SPINS_BEFORE_YIELDING = 2_000
+
+fetch_add = _op(
+    lambda b, at, n: b.atomic_rmw("add", _pointer(b, at, I64), n, "seq_cst"), types.int64, ADDRESS, types.int64
+)
+load_shared = _op(lambda b, at: b.load_atomic(_pointer(b, at, I64), "seq_cst", 8), types.int64, ADDRESS)
+
+
+def _store_shared(b: Any, at: Any, value: Any) -> None:
+    b.store_atomic(value, _pointer(b, at, I64), "seq_cst", 8)
+
+
+store_shared = _op(_store_shared, types.void, ADDRESS, types.int64)
+
+
+def _yield(b: Any) -> Any:
+    name = "SwitchToThread" if os.name == "nt" else "sched_yield"
+    function = cgutils.get_or_insert_function(b.module, ir.FunctionType(ir.IntType(32), []), name)
+    return b.call(function, [])
+
+
+yield_processor = _op(_yield, types.int32)
+run_job = call(types.int64, types.int64)
+
+
+@jit
+def barrier(shared, n_threads):  # type: ignore[no-untyped-def]
+    """Wait until all threads are here."""
+    if n_threads > 1:
+        turn = load_shared(shared + RELEASED)
+        if fetch_add(shared + ARRIVED, 1) == n_threads - 1:
+            store_shared(shared + ARRIVED, 0)
+            store_shared(shared + RELEASED, turn + 1)
+        else:
+            spins = 0
+            while load_shared(shared + RELEASED) == turn:
+                pause()
+                spins += 1
+                if spins % SPINS_BEFORE_YIELDING == 0:
+                    yield_processor()
+
+
+@kernel(*(types.int64,) * 4, name="serve")
+def serve(shared, job, function, thread):  # type: ignore[no-untyped-def]
+    """Run each new job at `function` until none has come for a while, or the team stops."""
+    spins, seen = 0, load_shared(shared + SEEN + 64 * thread)
+    while spins < SPINS_BEFORE_PARKING and load_shared(shared + STOP) == 0:
+        generation = load_shared(shared + GENERATION)
+        if generation != seen:
+            seen = generation
+            run_job(function, job, thread)
+            store_shared(shared + SEEN + 64 * thread, seen)
+            spins = 0
+        else:
+            pause()
+            spins += 1
+            if spins % SPINS_BEFORE_YIELDING == 0:
+                yield_processor()
+
+
+@kernel(types.int64, types.int64, name="publish")
+def publish(at, value):  # type: ignore[no-untyped-def]
+    """A store that other threads see after everything stored before it."""
+    store_shared(at, value)
+
+
+def aligned(n_bytes: int) -> np.ndarray:
+    """Zeroed bytes [n_bytes] that start on a cache line; pages are not touched before they are used."""
+    memory = np.zeros(n_bytes + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + n_bytes]
+
+
+class Team:
+    """`n_threads` threads, the caller's among them, that run one kernel on one job record."""
+
+    def __init__(self, n_threads: int, function: int, job: np.ndarray) -> None:
+        self.n_threads = n_threads
+        self._function, self._job = function, job
+        self._memory = aligned(SEEN + 64 * n_threads)
+        self.shared = self._memory.ctypes.data
+        self._generation = 0
+        self._stopped = False
+        self._asleep = 0
+        self._wake = threading.Condition()
+        self._workers = [threading.Thread(target=self._work, args=(i,), daemon=True) for i in range(1, n_threads)]
+        for worker in self._workers:
+            worker.start()
+
+    def run(self, call_here: Any) -> None:
+        """One job: every worker runs it, and so does `call_here(job address, 0)` in this thread."""
+        self._generation += 1
+        if self._workers:
+            publish(self.shared + GENERATION, self._generation)
+            with self._wake:
+                if self._asleep:
+                    self._wake.notify_all()
+        call_here(self._job.ctypes.data, 0)
+
+    def close(self) -> None:
+        self._stopped = True
+        publish(self.shared + STOP, 1)
+        with self._wake:
+            self._wake.notify_all()
+        for worker in self._workers:
+            worker.join()
+
+    def _work(self, thread: int) -> None:
+        seen = self._memory[SEEN + 64 * thread :][:8].view(np.int64)
+        while not self._stopped:
+            serve(self.shared, self._job.ctypes.data, self._function, thread)
+            with self._wake:
+                self._asleep += 1
+                while seen[0] == self._generation and not self._stopped:
+                    self._wake.wait()
+                self._asleep -= 1
