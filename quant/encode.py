@@ -1,0 +1,88 @@
+"""Weights to packed rows: one encoder per format, and the check that a format can hold the weights at all."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from llmq.errors import FileFormatError, UnsupportedError
+from llmq.formats import (
+    BF16,
+    F16,
+    F32,
+    Q4_0,
+    Q4_1,
+    Q4_K,
+    Q5_0,
+    Q5_1,
+    Q5_K,
+    Q6_K,
+    Q8_0,
+    Format,
+    dequantize,
+    row_bytes,
+)
+from quant.encode_blocks import encode_q4_0, encode_q4_1, encode_q5_0, encode_q5_1, encode_q8_0
+from quant.encode_k import encode_q4_k, encode_q5_k
+from quant.encode_q6_k import encode_q6_k
+from quant.lanes import StrictKernel
+
+KERNELS: dict[Format, StrictKernel] = {
+    Q8_0: encode_q8_0, Q4_0: encode_q4_0, Q4_1: encode_q4_1, Q5_0: encode_q5_0, Q5_1: encode_q5_1,
+    Q4_K: encode_q4_k, Q5_K: encode_q5_k, Q6_K: encode_q6_k,
+}  # fmt: skip
+
+
+def _f32(rows: np.ndarray) -> np.ndarray:
+    return rows.view(np.uint8)
+
+
+def _f16(rows: np.ndarray) -> np.ndarray:
+    return rows.astype("<f2").view(np.uint8)
+
+
+def _bf16(rows: np.ndarray) -> np.ndarray:
+    """Round to nearest even by carrying into the upper half; cannot overflow into NaN, the weights being finite."""
+    bits = rows.view(np.uint32)
+    rounded = bits + (np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1)))
+    return (rounded >> np.uint32(16)).astype("<u2").view(np.uint8)
+
+
+PLAIN: dict[Format, Callable[[np.ndarray], np.ndarray]] = {F32: _f32, F16: _f16, BF16: _bf16}
+
+# The largest magnitude a format holds; block formats keep scales and minima as half floats.
+BF16_MAX = float(np.uint32(0x7F7F8000 - 1).view(np.float32))
+LIMITS = {F32: float(np.finfo(np.float32).max), BF16: BF16_MAX}
+HALF_MAX = 65504.0
+
+
+def encode(fmt: Format, rows: np.ndarray) -> np.ndarray:
+    """Packed rows: finite float32 [n, n_cols], C-contiguous -> uint8 [n, row_bytes(fmt, n_cols)].
+
+    The bytes depend on nothing but the weights. F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0 and Q5_1 are ggml's reference bytes.
+    """
+    assert rows.dtype == np.float32, rows.dtype
+    assert rows.flags.c_contiguous
+    if fmt in PLAIN:
+        return PLAIN[fmt](rows)
+    out = np.empty((rows.shape[0], row_bytes(fmt, rows.shape[1])), np.uint8)
+    KERNELS[fmt](out.ctypes.data, rows.ctypes.data, rows.size // fmt.block_size)
+    return out
+
+
+def check_range(name: str, fmt: Format, rows: np.ndarray) -> None:
+    """Raises FileFormatError where weights are not finite, UnsupportedError where one is too large for the format."""
+    largest = max(float(rows.max()), -float(rows.min()))
+    # Written so that NaN, which compares false with everything, is caught too.
+    if not largest < np.inf:
+        raise FileFormatError(f"tensor {name} has weights that are not finite; download or make the checkpoint again")
+    if largest > LIMITS.get(fmt, HALF_MAX):
+        raise UnsupportedError(
+            f"tensor {name} has a weight of magnitude {largest:.4g}, too large for {fmt.name}; quantize to bf16 or f32"
+        )
+
+
+def squared_error(fmt: Format, rows: np.ndarray, packed: np.ndarray) -> tuple[float, float]:
+    """Sum of squared differences between `rows` and what `packed` decodes to, and the sum of squares of `rows`."""
+    exact = rows.astype(np.float64)
+    off = dequantize(fmt, packed) - exact
+    return float(np.vdot(off, off)), float(np.vdot(exact, exact))

@@ -1,0 +1,104 @@
+"""Strict arithmetic in 16 lanes: what an encoder writes must not depend on the processor or on the number of threads.
+
+The runtime's kernels let the compiler reorder sums and replace divisions. These do not: every operation is rounded as
+written, so the same weights give the same bytes on every machine.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numba import njit, types
+from numba.core.ccallback import CFunc
+
+from llmq.jit import Kernel
+from llmq.simd import (
+    _call,
+    _op,
+    f32x16,
+    ll,
+    load_f16x16,
+    load_i16,
+    splat_f32x16,
+    stack,
+    store_f16x16,
+    store_i16,
+    tile_f32,
+    tile_load,
+    tile_store,
+    transpose_f32,
+    where_less,
+)
+
+EXACT: dict[str, Any] = {"error_model": "numpy"}
+INLINE: dict[str, Any] = {"forceinline": True, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+
+strict = njit(nogil=True, **INLINE, **EXACT)
+
+
+class StrictKernel(Kernel):
+    """An entry point like `llmq.jit.Kernel`, compiled without the liberties of fast-math."""
+
+    def _cfunc(self) -> CFunc:
+        cfunc = CFunc(self._function, (self._signature.args, types.void), locals={}, options=dict(EXACT))
+        cfunc.compile()
+        return cfunc
+
+
+def encoder(function: Callable[..., Any]) -> StrictKernel:
+    """Decorate a function (out, x, n): `n` blocks of float32 at address `x` to packed blocks at address `out`."""
+    return StrictKernel(function, types.void(types.int64, types.int64, types.int64), function.__name__)
+
+
+root = _op(lambda b, x: _call(b, "llvm.sqrt.v16f32", ll(f32x16), x), f32x16, f32x16)
+
+
+@strict
+def splat(x):  # type: ignore[no-untyped-def]
+    return splat_f32x16(np.float32(x))
+
+
+@strict
+def smaller(x, y):  # type: ignore[no-untyped-def]
+    return where_less(x, y, x, y)
+
+
+@strict
+def larger(x, y):  # type: ignore[no-untyped-def]
+    return where_less(x, y, y, x)
+
+
+@strict
+def clamp(x, low, high):  # type: ignore[no-untyped-def]
+    return larger(smaller(x, splat(high)), splat(low))
+
+
+@strict
+def divide_or_zero(x, y):  # type: ignore[no-untyped-def]
+    """x / y in the lanes where y is not zero, 0 in the others."""
+    zero, one = splat(0), splat(1)
+    size = larger(y, zero - y)
+    safe = where_less(zero, size, y, one)
+    return where_less(zero, size, x / safe, zero)
+
+
+@strict
+def transpose(to, to_stride, x, stride):  # type: ignore[no-untyped-def]
+    """16 rows of 16 floats, `stride` bytes apart at address `x`, to 16 columns `to_stride` bytes apart at `to`."""
+    tile_store(to, to_stride, transpose_f32(tile_load(tile_f32(16), x, stride)))
+
+
+@strict
+def as_half(x):  # type: ignore[no-untyped-def]
+    """Each lane rounded to the nearest half float."""
+    space = stack(32)
+    store_f16x16(space, x)
+    return load_f16x16(space)
+
+
+@strict
+def store_half(out, x):  # type: ignore[no-untyped-def]
+    """Write one float as a half at address `out`."""
+    space = stack(32)
+    store_f16x16(space, splat_f32x16(x))
+    store_i16(out, load_i16(space))
