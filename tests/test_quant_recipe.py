@@ -1,0 +1,114 @@
+"""Recipes: file sizes that llama.cpp's own files have, and single rules worked out by hand."""
+
+import math
+
+import pytest
+
+from llmq.formats import BF16, F16, F32, Q4_K, Q5_0, Q5_1, Q5_K, Q6_K, Q8_0, Format, row_bytes
+from quant.recipe import PRESETS, Shape, assign
+
+# layers, width, heads * head_dim, kv heads * head_dim, ffn, vocabulary, experts
+MODELS = {
+    "7B": (32, 4096, 4096, 1024, 14336, 32000, 0),
+    "Nemo": (40, 5120, 4096, 1024, 14336, 131072, 0),
+    "8x7B": (32, 4096, 4096, 1024, 14336, 32000, 8),
+    "8x22B": (56, 6144, 6144, 1024, 16384, 32768, 8),
+    "Large2": (88, 12288, 12288, 1024, 28672, 32768, 0),
+}
+
+# Gigabytes of weight data in the files that llama-quantize makes.
+PUBLISHED = {
+    "7B": (4.140, 4.368, 5.131, 5.941, 7.695),
+    "Nemo": (7.112, 7.469, 8.720, 10.048, 13.014),
+    "8x7B": (26.745, 28.448, 33.229, 38.380, 49.626),
+    "8x22B": (80.489, 85.598, 99.980, 115.542, 149.430),
+    "Large2": (69.570, 73.219, 86.488, 100.585, 130.280),
+}
+
+
+def shapes(layers: int, dim: int, q: int, kv: int, ffn: int, vocab: int, experts: int) -> dict[str, Shape]:
+    out: dict[str, Shape] = {"token_embd.weight": (vocab, dim), "output_norm.weight": (dim,)}
+    out["output.weight"] = (vocab, dim)
+    stack: Shape = (experts,) if experts else ()
+    suffix = "_exps" if experts else ""
+    for i in range(layers):
+        b = f"blk.{i}."
+        out |= {b + "attn_norm.weight": (dim,), b + "ffn_norm.weight": (dim,)}
+        out |= {b + "attn_q.weight": (q, dim), b + "attn_k.weight": (kv, dim), b + "attn_v.weight": (kv, dim)}
+        out |= {b + "attn_output.weight": (dim, q), f"{b}ffn_down{suffix}.weight": (*stack, dim, ffn)}
+        out |= {f"{b}ffn_{role}{suffix}.weight": (*stack, ffn, dim) for role in ("gate", "up")}
+        if experts:
+            out[b + "ffn_gate_inp.weight"] = (experts, dim)
+    return out
+
+
+def n_bytes(fmt: Format, shape: Shape) -> int:
+    return math.prod(shape[:-1]) * row_bytes(fmt, shape[-1])
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_sizes_are_those_of_published_files(model: str) -> None:
+    table = shapes(*MODELS[model])
+    for preset, gigabytes in zip(("q4_k_s", "q4_k_m", "q5_k_m", "q6_k", "q8_0"), PUBLISHED[model], strict=True):
+        formats = assign(PRESETS[preset], table)
+        total = sum(n_bytes(formats[name], shape) for name, shape in table.items())
+        assert total / 1e9 == pytest.approx(gigabytes, abs=0.0006), preset
+
+
+def layers_of(formats: dict[str, Format], role: str, fmt: Format) -> list[int]:
+    return [int(name.split(".")[1]) for name, f in formats.items() if f"{role}.weight" in name and f is fmt]
+
+
+def test_better_layers_of_a_32_layer_model() -> None:
+    table = shapes(*MODELS["7B"])
+    better = [0, 1, 2, 3, 6, 9, 12, 15, 18, 21, 24, 27, 28, 29, 30, 31]
+    medium = assign(PRESETS["q4_k_m"], table)
+    assert layers_of(medium, "ffn_down", Q6_K) == layers_of(medium, "attn_v", Q6_K) == better
+    small = assign(PRESETS["q4_k_s"], table)
+    assert layers_of(small, "ffn_down", Q5_K) == layers_of(small, "attn_v", Q5_K) == [0, 1, 2, 3]
+    assert {fmt for name, fmt in medium.items() if "attn_q" in name or "ffn_up" in name} == {Q4_K}
+
+
+def test_eight_experts_keep_small_attention_tensors_fine() -> None:
+    formats = assign(PRESETS["q4_k_m"], shapes(8, 256, 256, 64, 512, 1000, 8))
+    assert formats["blk.3.attn_v.weight"] is formats["blk.3.attn_k.weight"] is Q8_0
+    assert formats["blk.3.attn_output.weight"] is Q5_K
+    assert formats["blk.3.ffn_gate_inp.weight"] is formats["blk.3.attn_norm.weight"] is F32
+    assert formats["blk.0.ffn_down_exps.weight"] is Q6_K
+    assert formats["blk.1.ffn_down_exps.weight"] is Q4_K
+    assert assign(PRESETS["q6_k"], shapes(8, 256, 256, 64, 512, 1000, 8))["blk.3.attn_output.weight"] is Q6_K
+    four = assign(PRESETS["q4_k_m"], shapes(8, 256, 256, 64, 512, 1000, 4))
+    assert four["blk.3.attn_k.weight"] is four["blk.3.attn_output.weight"] is Q4_K
+
+
+def test_eighty_grouped_layers_spare_attn_v() -> None:
+    formats = assign(PRESETS["q4_k_m"], shapes(80, 256, 256, 64, 512, 1000, 0))
+    assert {f for name, f in formats.items() if "attn_v" in name} == {Q5_K, Q6_K}
+    ungrouped = assign(PRESETS["q4_k_m"], shapes(80, 256, 256, 256, 512, 1000, 0))
+    assert {f for name, f in ungrouped.items() if "attn_v" in name} == {Q4_K, Q6_K}
+
+
+def test_tied_embeddings_are_treated_as_the_output() -> None:
+    table = shapes(2, 256, 256, 64, 512, 1000, 0)
+    assert assign(PRESETS["q4_k_m"], table)["token_embd.weight"] is Q4_K
+    del table["output.weight"]
+    assert assign(PRESETS["q4_k_m"], table)["token_embd.weight"] is Q6_K
+    assert assign(PRESETS["q8_0"], table)["token_embd.weight"] is Q8_0
+
+
+@pytest.mark.parametrize(("preset", "fmt"), [("q4_k_m", Q5_0), ("q5_k_m", Q5_1), ("q6_k", Q8_0), ("q8_0", Q8_0)])
+def test_rows_of_32s_fall_back(preset: str, fmt: Format) -> None:
+    formats = assign(PRESETS[preset], shapes(2, 96, 96, 32, 160, 1000, 0))
+    assert formats["blk.0.attn_q.weight"] is formats["token_embd.weight"] is fmt
+    assert formats["output.weight"] is Q8_0
+
+
+def test_rows_of_anything_fall_back_to_f16() -> None:
+    formats = assign(PRESETS["q4_k_m"], shapes(2, 80, 80, 16, 100, 1000, 0))
+    assert {f for name, f in formats.items() if "norm" not in name} == {F16}
+
+
+@pytest.mark.parametrize(("preset", "fmt"), [("f16", F16), ("bf16", BF16), ("f32", F32)])
+def test_plain_presets_have_one_format(preset: str, fmt: Format) -> None:
+    formats = assign(PRESETS[preset], shapes(4, 256, 256, 64, 512, 1000, 8))
+    assert {f for name, f in formats.items() if "norm" not in name and "gate_inp" not in name} == {fmt}
