@@ -1,0 +1,234 @@
+"""The Python face: load a model, generate, chat, look at logits."""
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import psutil
+
+from llmq.cache import KVRing, ring_bytes
+from llmq.config import ModelConfig, check_tensors, read_config
+from llmq.engine.cpu import Engine
+from llmq.errors import FileFormatError, ResourceError, UsageError
+from llmq.generate import Generation
+from llmq.gguf import GGUF, open_gguf
+from llmq.jit import compile_log
+from llmq.prompt import Message, build_prompt, prompt_version
+from llmq.sampler import Sampling
+from llmq.store import resolve
+from llmq.tokenizer import Tokenizer, load_tokenizer
+
+DEFAULT_CONTEXT = 4096
+DEFAULT_SAMPLING = Sampling()
+
+
+class Model:
+    """A loaded model and one conversation's cache. Not for use by several threads at once."""
+
+    def __init__(self, gguf: GGUF, config: ModelConfig, n_ctx: int, n_threads: int) -> None:
+        self.path: Path = gguf.path
+        self.config = config
+        self.n_ctx = n_ctx
+        self.n_threads = n_threads
+        self._gguf = gguf
+        self._n_bytes = self.path.stat().st_size
+        self._engine = Engine(gguf, config, n_threads)
+        self._ring = KVRing(config, n_ctx, config.window, self._engine.batch)
+        self._ids: list[int] = []  # what the ring holds, from position 0
+        self._tokenizer: Tokenizer | None = None
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Raises UnsupportedError for a vocabulary that is not SentencePiece's."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self._gguf.metadata)
+        return self._tokenizer
+
+    @property
+    def prompt_version(self) -> str:
+        """The chat format, "v1" to "v3"; raises UnsupportedError for one that llmq does not build."""
+        return prompt_version(self.tokenizer, self._gguf.metadata)
+
+    @property
+    def room(self) -> int:
+        """Positions left in the context."""
+        return self.n_ctx - len(self._ids)
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        sampling: Sampling = DEFAULT_SAMPLING,
+        max_tokens: int = 256,
+        stop: Sequence[str] = (),
+    ) -> Generation:
+        """Continue a text, or token ids (which then must bring their own BOS).
+
+        Raises UsageError for an empty prompt, one that does not fit the context, or an id outside the vocabulary.
+        """
+        ids = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        return self._generation(ids, sampling, max_tokens, stop, continues=True)
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        sampling: Sampling = DEFAULT_SAMPLING,
+        max_tokens: int = 256,
+        stop: Sequence[str] = (),
+    ) -> Generation:
+        """The assistant's next message. What earlier calls have in common with this one is not read again.
+
+        Raises UsageError for messages out of order or too long for the context.
+        """
+        ids = build_prompt(self.tokenizer, messages, self.prompt_version)
+        return self._generation(ids, sampling, max_tokens, stop, continues=messages[-1].role == "assistant")
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, with BOS where the model wants one."""
+        start = [self.tokenizer.bos_id] if self.tokenizer.add_bos else []
+        return start + self.tokenizer.encode(text)
+
+    def logits(self, ids: Sequence[int], *, all_positions: bool = True) -> np.ndarray:
+        """Next-token logits f32 [n, vocab_size] after each id (or only the last, n = 1); the conversation is left alone."""
+        self._check_ids(ids)
+        ring = KVRing(self.config, self.n_ctx, self.config.window, self._engine.batch)
+        found = []
+        for first in range(0, len(ids), self._engine.batch):
+            part = ids[first : first + self._engine.batch]
+            last = first + len(part) == len(ids)
+            outputs = range(len(part)) if all_positions else [len(part) - 1] if last else []
+            positions = range(first, first + len(part))
+            found.append(self._engine.forward(part, positions, [ring] * len(part), outputs))
+            ring.advance(len(part))
+        return np.concatenate(found)
+
+    def start(self, ids: Sequence[int]) -> int:
+        """Go back to where the cache and `ids` part; the number of ids that stay cached (never all of them)."""
+        self._check_file()
+        same = 0
+        for mine, theirs in zip(self._ids[: self._ring.length], ids[:-1], strict=False):
+            if mine != theirs:
+                break
+            same += 1
+        same = self._ring.keepable(same)
+        self._ring.truncate(same)
+        del self._ids[same:]
+        return same
+
+    def read(self, ids: Sequence[int]) -> np.ndarray:
+        """Append ids to the conversation; logits f32 [vocab_size] after the last."""
+        for first in range(0, len(ids), self._engine.batch):
+            part = list(ids[first : first + self._engine.batch])
+            at = len(self._ids)
+            outputs = [len(part) - 1] if first + len(part) == len(ids) else []
+            logits = self._engine.forward(part, range(at, at + len(part)), [self._ring] * len(part), outputs)
+            self._ids += part
+            self._ring.advance(len(part))
+        return logits[0]
+
+    def close(self) -> None:
+        self._engine.close()
+        self._gguf.close()
+
+    def __enter__(self) -> "Model":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def _generation(
+        self, ids: list[int], sampling: Sampling, max_tokens: int, stop: Sequence[str], *, continues: bool
+    ) -> Generation:
+        self._check_ids(ids)
+        if max_tokens < 1:
+            raise UsageError(f"max_tokens is {max_tokens}; it must be at least 1")
+        return Generation(self, ids, sampling=sampling, max_tokens=max_tokens, stop=stop, continues=continues)
+
+    def _check_ids(self, ids: Sequence[int]) -> None:
+        if not ids:
+            raise UsageError("the prompt is empty")
+        if len(ids) > self.n_ctx:
+            raise UsageError(
+                f"the prompt has {len(ids)} tokens and the context holds {self.n_ctx}; shorten it, or give a larger "
+                "context (--ctx)"
+            )
+        if min(ids) < 0 or max(ids) >= self.config.vocab_size:
+            raise UsageError(f"token ids go from 0 to {self.config.vocab_size - 1}")
+
+    def _check_file(self) -> None:
+        """A mapped file that has been cut short would end the process at the first missing page."""
+        if self.path.exists() and self.path.stat().st_size < self._n_bytes:
+            raise FileFormatError(f"{self.path.name} has become shorter since it was opened; get it again")
+
+
+def load(
+    name_or_path: str | os.PathLike[str],
+    *,
+    n_ctx: int | None = None,
+    window: int | None = None,
+    threads: int | None = None,
+    on_event: Callable[[str], None] | None = None,
+) -> Model:
+    """Open a model by name (in the store, or "storyteller") or by the path of a GGUF file.
+
+    n_ctx: positions kept (default: the model's own limit, at most 4096 where there is no window to bound the cache).
+    window: sliding window in tokens, 0 for none; default: what the file says. threads: default one per physical core.
+    on_event: told the name of each kernel that has to be compiled.
+
+    Raises UsageError (no such model, bad number), FileFormatError (damaged), UnsupportedError (cannot be run),
+    ResourceError (not enough memory).
+    """
+    gguf = open_gguf(resolve(name_or_path))
+    config = read_config(gguf)
+    check_tensors(gguf, config)
+    config = _with_window(config, window)
+    n_ctx = _context(config, n_ctx)
+    n_threads = _threads(threads)
+    _check_memory(config, n_ctx)
+    compile_log.listener = on_event
+    return Model(gguf, config, n_ctx, n_threads)
+
+
+def _with_window(config: ModelConfig, window: int | None) -> ModelConfig:
+    if window is None:
+        return config
+    if window < 0:
+        raise UsageError(f"the window is {window}; give a number of tokens, or 0 for none")
+    return dataclasses.replace(config, window=window)
+
+
+def _context(config: ModelConfig, n_ctx: int | None) -> int:
+    if n_ctx is None:
+        return config.context_length if config.window else min(config.context_length, DEFAULT_CONTEXT)
+    if n_ctx < 1:
+        raise UsageError(f"the context is {n_ctx} tokens; it must be at least 1")
+    if n_ctx > config.context_length and not config.window:
+        raise UsageError(
+            f"the context is {n_ctx} tokens, and this model was trained for {config.context_length}; "
+            "give less, or a sliding window (--window)"
+        )
+    return n_ctx
+
+
+def _threads(threads: int | None) -> int:
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if threads is None:
+        return max(1, min(psutil.cpu_count(logical=False) or available, available))
+    if not 1 <= threads <= 4 * available:
+        raise UsageError(f"{threads} threads; give 1 to {4 * available} (this machine runs {available} at once)")
+    return threads
+
+
+def _check_memory(config: ModelConfig, n_ctx: int) -> None:
+    """Refuse what would make the machine swap: the weights are mapped and can be dropped, the cache cannot."""
+    needed = ring_bytes(config, min(n_ctx, config.window + 512) if config.window else n_ctx)
+    available = psutil.virtual_memory().available
+    if needed > available:
+        raise ResourceError(
+            f"a context of {n_ctx} tokens needs {needed / 2**30:.1f} GiB and {available / 2**30:.1f} GiB are free; "
+            "give a smaller --ctx, or a --window"
+        )
