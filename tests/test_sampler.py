@@ -175,6 +175,23 @@ def test_edges_of_the_parameters() -> None:
     assert draws(OFF, [5.0], n=1) == [0]
 
 
+class Fixed(np.random.Generator):
+    """A generator that gives one number only."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__(np.random.PCG64(0))
+        self.value = value
+
+    def random(self) -> float:  # type: ignore[override]
+        return self.value
+
+
+@pytest.mark.parametrize(("drawn", "expected"), [(0.0, 1), (0.5, 2), (math.nextafter(1, 0), 2)])
+def test_a_token_of_no_weight_is_never_drawn(drawn: float, expected: int) -> None:
+    logits = np.array([-800, 0, 0, -800], np.float32)  # exp(-800) is 0
+    assert sample(logits, OFF, [], Fixed(drawn)) == expected
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 @pytest.mark.parametrize(
     "logits", [[0.0, math.nan, 1.0], [1.0, math.inf], [-math.inf, -math.inf], [math.nan, -math.inf], [math.inf] * 2]

@@ -154,7 +154,9 @@ def test_control_tokens_cannot_be_typed_whatever_their_text_or_type() -> None:
     types[one_letter] = 3
     tokenizer = load_tokenizer(changed(token_type=types, eos_token_id=word))
     assert types[word] == 1
-    assert not {one_letter, word} & set(tokenizer.encode("a 42 a42a"))
+    ids = tokenizer.encode("a 42 xa42a")  # every release of SentencePiece does something else with such a vocabulary
+    assert not {one_letter, word} & set(ids)
+    assert tokenizer.decode(ids) == "a 42 xa42a"
     assert tokenizer.specials["a"] == one_letter
     assert tokenizer.piece(word) == b""
 
