@@ -108,6 +108,11 @@ HOSTILE: dict[str, tuple[Parts, type[LlmqError], str]] = {
         FileFormatError,
         "9223372036854775808 bytes",
     ),
+    "strings_17_mib": (
+        one_pair(ARRAY, u32(STRING), u64(2), u64(17 << 20), bytes(18 << 20)),
+        FileFormatError,
+        "17825792 bytes",
+    ),
     "nested": (one_pair(ARRAY, *[u32(ARRAY), u64(1)] * 2000, u32(4), u64(0)), UnsupportedError, "array of arrays"),
     "split": ([*head(0, 1), *pair(b"split.count", 2, b"\3\0")], UnsupportedError, "split model"),
     "split_text": ([*head(0, 1), *pair(b"split.count", STRING, *string(b"3"))], FileFormatError, "split.count"),

@@ -1,5 +1,6 @@
 """ModelConfig: what a file declares, every way it can be wrong, and the tensor and vocabulary table."""
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +223,31 @@ def test_a_wrong_vocabulary_is_refused(dense: GGUF, name: str, value: Any, fragm
     gguf = changed(dense, {f"tokenizer.ggml.{name}": value})
     with pytest.raises(FileFormatError, match=fragment.replace(".", r"\.")):
         check_tensors(gguf, read_config(gguf))
+
+
+def test_a_damaged_header_is_refused_or_means_something(dense: GGUF, tmp_path: Path) -> None:
+    rng = random.Random(20_261_120)
+    path = tmp_path / "damaged.gguf"
+    whole = dense.path.read_bytes()
+    path.write_bytes(whole)
+    n_header = next(iter(dense.tensors.values())).offset
+    accepted, messages = 0, set()
+    for _ in range(1500):
+        at, n_bytes = rng.randrange(8, n_header - 8), rng.choice((1, 1, 4, 8))
+        with path.open("r+b") as file:
+            file.seek(at)
+            file.write(rng.choice((rng.randbytes(n_bytes), bytes(n_bytes), b"\xff" * n_bytes)))
+        try:
+            with open_gguf(path) as gguf:
+                check_tensors(gguf, read_config(gguf))
+            accepted += 1
+        except LlmqError as error:
+            messages.add(str(error))
+        with path.open("r+b") as file:
+            file.seek(at)
+            file.write(whole[at : at + n_bytes])
+    assert all(text.isprintable() and len(text) <= 240 for text in messages)
+    assert 300 < accepted < 1300, "the damage is always or never seen"
 
 
 def test_vocabulary_size_and_embedding_rows_agree(dense: GGUF) -> None:

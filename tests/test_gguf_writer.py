@@ -218,14 +218,15 @@ def test_a_file_larger_than_the_disk_is_refused_at_once(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("limit", [0, 100, 1000, 5000])
-def test_a_disk_that_fills_up(tmp_path: Path, limit: int) -> None:
+@pytest.mark.parametrize("missing", [1, 4000, 8000, 8400])
+def test_a_disk_that_fills_up(tmp_path: Path, missing: int) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    content = one((64, 32))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    content, pairs = one((64, 32)), {"general.name": "x" * 200}
+    n_bytes = GGUFWriter(tmp_path / "x.gguf", pairs, [content.spec]).n_bytes
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes - missing, hard))
     try:
         with pytest.raises(ResourceError, match="make room"):
-            write(tmp_path / "x.gguf", {"general.name": "x" * 200}, [content], n_chunks=5)
+            write(tmp_path / "x.gguf", pairs, [content], n_chunks=5)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert list(tmp_path.iterdir()) == []
