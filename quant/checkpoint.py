@@ -1,0 +1,111 @@
+"""A Hugging Face checkpoint folder: its configuration and its tensors, nothing of it executed or unpickled."""
+
+import mmap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmq.errors import FileFormatError, UnsupportedError, UsageError
+from llmq.gguf import quoted
+from quant.files import damaged, locate, parse_json, read_file
+from quant.safetensors import Stored, open_safetensors
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+CONFIG_LIMIT, INDEX_LIMIT = 16 << 20, 64 << 20
+MAX_TENSORS, MAX_SHARDS = 200_000, 2_000
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """An open folder: parsed JSON files, tensors by their Hugging Face name, and the real paths of what was opened."""
+
+    folder: Path
+    config: dict[str, Any]
+    tokenizer_config: dict[str, Any]
+    added_tokens: dict[str, Any]
+    tensors: dict[str, Stored]
+    maps: tuple[mmap.mmap, ...]
+    files: tuple[Path, ...]
+
+    def release(self) -> None:
+        """Lets the pages read so far go, so that a large checkpoint does not pile up in this process's memory."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            for mapped in self.maps:
+                mapped.madvise(mmap.MADV_DONTNEED)
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Reads configurations and headers, and maps the weights.
+
+    Raises FileFormatError where something is missing or damaged, UnsupportedError for pickles and other layouts.
+    """
+    shards = _shards(folder)
+    files, maps = [], []
+    tensors: dict[str, Stored] = {}
+    for shard, expected in shards.items():
+        path = locate(folder, shard)
+        mapped, found = open_safetensors(path)
+        files.append(path)
+        maps.append(mapped)
+        _check_shard(shard, expected, found)
+        tensors |= found
+    small = {name: _optional_json(folder, name) for name in ("tokenizer_config.json", "added_tokens.json")}
+    config_path = locate(folder, "config.json")
+    return Checkpoint(
+        folder=folder,
+        config=parse_json("config.json", read_file(config_path, CONFIG_LIMIT)),
+        tokenizer_config=small["tokenizer_config.json"],
+        added_tokens=small["added_tokens.json"],
+        tensors=tensors,
+        maps=tuple(maps),
+        files=(*files, config_path),
+    )
+
+
+def _optional_json(folder: Path, name: str) -> dict[str, Any]:
+    if not (folder / name).exists():
+        return {}
+    return parse_json(name, read_file(locate(folder, name), CONFIG_LIMIT))
+
+
+def _shards(folder: Path) -> dict[str, set[str] | None]:
+    """The weight files, each with the names of the tensors that the index puts there (None: no index)."""
+    if (folder / SINGLE).exists():
+        return {SINGLE: None}
+    if not (folder / INDEX).exists():
+        raise _no_weights(folder)
+    weight_map = parse_json(INDEX, read_file(locate(folder, INDEX), INDEX_LIMIT)).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise damaged(INDEX, "its weight_map does not lead from names to files")
+    shards: dict[str, set[str] | None] = {shard: set() for shard in weight_map.values()}
+    if len(weight_map) > MAX_TENSORS or len(shards) > MAX_SHARDS:
+        raise damaged(INDEX, f"it names {len(weight_map)} tensors in {len(shards)} files, more than any model has")
+    for name, shard in weight_map.items():
+        if not shard.endswith(".safetensors"):
+            raise damaged(INDEX, f"it names {quoted(shard)}, which is not a safetensors file")
+        shards[shard].add(name)  # type: ignore[union-attr]
+    return shards
+
+
+def _check_shard(shard: str, expected: set[str] | None, found: dict[str, Stored]) -> None:
+    if expected is not None and expected != found.keys():
+        name = min(expected ^ found.keys())
+        raise FileFormatError(f"{quoted(shard)} and {INDEX} disagree about tensor {quoted(name)}; download both again")
+
+
+def _no_weights(folder: Path) -> Exception:
+    try:
+        names = sorted(path.name for path in folder.iterdir())
+    except OSError as error:
+        return UsageError(f"cannot read the folder {quoted(str(folder), 120)}: {error.strerror}; check the path")
+    if any(name.endswith(PICKLES) for name in names):
+        return UnsupportedError(
+            f"{quoted(folder.name)} has its weights only as pickles, a format that can run code when it is read; "
+            "get the safetensors files of this model"
+        )
+    if any(name.startswith("consolidated") for name in names):
+        return UnsupportedError(
+            f"{quoted(folder.name)} has only consolidated weights; llmq needs Hugging Face ones: get {SINGLE} or {INDEX}"
+        )
+    return UsageError(f"{quoted(folder.name)} has neither {SINGLE} nor {INDEX}; give the folder of a checkpoint")
