@@ -1,9 +1,7 @@
 """llmq: local, quantized language models. The runtime; `quant` makes model files, `cli` is the terminal.
 
-    import llmq
-    with llmq.load("storyteller") as model:
-        for piece in model.chat([llmq.Message("user", "Tell me a story about a cat.")]):
-            print(piece, end="")
+with llmq.load("storyteller") as model:
+    story = "".join(model.chat([llmq.Message("user", "Tell me a story about a cat.")]))
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,7 +1,7 @@
 """A reply, token by token: read the prompt, then sample, show, and feed back, until something ends it."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -76,7 +76,7 @@ class Generation:
         """End it here; what has been made stays in the cache."""
         self._pieces.close()
 
-    def _run(self, prompt: list[int], stop: "StopTexts") -> "Iterator[str]":  # type: ignore[misc]
+    def _run(self, prompt: list[int], stop: "StopTexts") -> Generator[str, None, None]:
         rng = np.random.default_rng(self._sampling.seed)
         logits = self._read_prompt(prompt)
         seen = list(prompt)

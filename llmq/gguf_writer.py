@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-import psutil  # type: ignore[import-untyped]
+import psutil
 
 from llmq.errors import LlmqError, ResourceError, UsageError
 from llmq.formats import Format, row_bytes

@@ -26,13 +26,15 @@ from platformdirs import user_cache_path
 
 # nnan and ninf stay out: masks are -inf, and a NaN must stay one.
 FASTMATH = {"nsz", "arcp", "contract", "afn", "reassoc"}
-OPTIONS = {"error_model": "numpy", "fastmath": FASTMATH}
+OPTIONS: dict[str, Any] = {"error_model": "numpy", "fastmath": FASTMATH}
 MAGIC = b"llmq-kernel-1\n"
 KEPT_STAMPS = 4
 
-jit = njit(nogil=True, forceinline=True, no_cpython_wrapper=True, no_cfunc_wrapper=True, **OPTIONS)
+# Inner functions are always inlined, so that vectors never pass through a call; they need no entry point of their own.
+INNER: dict[str, Any] = {"forceinline": True, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+jit: Any = njit(nogil=True, **INNER, **OPTIONS)
 
-_CTYPES = {types.int64: ctypes.c_int64, types.float32: ctypes.c_float}
+_CTYPES: dict[Any, Any] = {types.int64: ctypes.c_int64, types.float32: ctypes.c_float}
 _compile_lock = threading.Lock()
 
 
@@ -70,7 +72,7 @@ class Kernel:
 
     def __call__(self, *args: Any) -> None:
         if self._call is None:
-            argtypes = [_CTYPES.get(arg, ctypes.c_void_p) for arg in self._signature.args]
+            argtypes = [_CTYPES[arg] for arg in self._signature.args]
             self._call = ctypes.CFUNCTYPE(None, *argtypes)(self.address)
         self._call(*args)
 
@@ -79,8 +81,8 @@ class Kernel:
         with _compile_lock:
             return self._cfunc()._library.get_asm_str()
 
-    def _cfunc(self) -> CFunc:
-        cfunc = CFunc(self._function, (self._signature.args, types.void), locals={}, options=dict(OPTIONS))
+    def _cfunc(self) -> Any:
+        cfunc: Any = CFunc(self._function, (self._signature.args, types.void), locals={}, options=dict(OPTIONS))
         cfunc.compile()
         return cfunc
 
@@ -109,7 +111,7 @@ class Kernel:
 
 
 def kernel(*argtypes: Any, name: str = "") -> Callable[[Callable[..., Any]], Kernel]:
-    """Decorate a function of addresses and sizes (int64), float32 and pointers to records; compiled at first use."""
+    """Decorate a function of addresses, sizes (int64) and float32 values; it is compiled at first use."""
 
     def wrap(function: Callable[..., Any]) -> Kernel:
         return Kernel(function, types.void(*argtypes), name or function.__name__)
@@ -193,9 +195,7 @@ def source_stamp() -> str:
     """Names a cache folder: the kernels' sources, the compiler's versions, and the processor compiled for."""
     digest = hashlib.sha256()
     here = Path(__file__).parent
-    for path in sorted([*here.glob("*.py"), *here.glob("kernels/*.py"), *here.glob("engine/*.py")]):
-        digest.update(path.read_bytes())
-    for path in sorted((here.parent / "quant").glob("*.py")):
+    for path in sorted([*here.rglob("*.py"), *(here.parent / "quant").rglob("*.py")]):
         digest.update(path.read_bytes())
     digest.update(repr((numba.__version__, llvmlite.__version__, codegen_target())).encode())
     return digest.hexdigest()[:20]

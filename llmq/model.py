@@ -93,7 +93,7 @@ class Model:
         return start + self.tokenizer.encode(text)
 
     def logits(self, ids: Sequence[int], *, all_positions: bool = True) -> np.ndarray:
-        """Next-token logits f32 [n, vocab_size] after each id (or only the last, n = 1); the conversation is left alone."""
+        """Logits f32 [n, vocab_size] after each id, or after the last (n = 1); the conversation is left alone."""
         self._check_ids(ids)
         ring = KVRing(self.config, self.n_ctx, self.config.window, self._engine.batch)
         found = []

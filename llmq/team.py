@@ -15,24 +15,25 @@ from numba import types
 from numba.core import cgutils
 
 from llmq.jit import jit, kernel
-from llmq.simd import ADDRESS, I64, _op, _pointer, call, pause
+from llmq.simd import call, pause
+from llmq.simd.vector import ADDRESS, I64, op, pointer
 
 GENERATION, STOP, ARRIVED, RELEASED, SEEN = 0, 64, 128, 192, 256
 # A waiting loop turns about this often in a millisecond or two; tokens follow each other faster than that.
 SPINS_BEFORE_PARKING = 40_000
 SPINS_BEFORE_YIELDING = 2_000
 
-fetch_add = _op(
-    lambda b, at, n: b.atomic_rmw("add", _pointer(b, at, I64), n, "seq_cst"), types.int64, ADDRESS, types.int64
+fetch_add = op(
+    lambda b, at, n: b.atomic_rmw("add", pointer(b, at, I64), n, "seq_cst"), types.int64, ADDRESS, types.int64
 )
-load_shared = _op(lambda b, at: b.load_atomic(_pointer(b, at, I64), "seq_cst", 8), types.int64, ADDRESS)
+load_shared = op(lambda b, at: b.load_atomic(pointer(b, at, I64), "seq_cst", 8), types.int64, ADDRESS)
 
 
 def _store_shared(b: Any, at: Any, value: Any) -> None:
-    b.store_atomic(value, _pointer(b, at, I64), "seq_cst", 8)
+    b.store_atomic(value, pointer(b, at, I64), "seq_cst", 8)
 
 
-store_shared = _op(_store_shared, types.void, ADDRESS, types.int64)
+store_shared = op(_store_shared, types.void, ADDRESS, types.int64)
 
 
 def _yield(b: Any) -> Any:
@@ -41,12 +42,12 @@ def _yield(b: Any) -> Any:
     return b.call(function, [])
 
 
-yield_processor = _op(_yield, types.int32)
+yield_processor = op(_yield, types.int32)
 run_job = call(types.int64, types.int64)
 
 
 @jit
-def barrier(shared, n_threads):  # type: ignore[no-untyped-def]
+def barrier(shared, n_threads):
     """Wait until all threads are here."""
     if n_threads > 1:
         turn = load_shared(shared + RELEASED)
@@ -63,7 +64,7 @@ def barrier(shared, n_threads):  # type: ignore[no-untyped-def]
 
 
 @kernel(*(types.int64,) * 4, name="serve")
-def serve(shared, job, function, thread):  # type: ignore[no-untyped-def]
+def serve(shared, job, function, thread):
     """Run each new job at `function` until none has come for a while, or the team stops."""
     spins, seen = 0, load_shared(shared + SEEN + 64 * thread)
     while spins < SPINS_BEFORE_PARKING and load_shared(shared + STOP) == 0:
@@ -81,7 +82,7 @@ def serve(shared, job, function, thread):  # type: ignore[no-untyped-def]
 
 
 @kernel(types.int64, types.int64, name="publish")
-def publish(at, value):  # type: ignore[no-untyped-def]
+def publish(at, value):
     """A store that other threads see after everything stored before it."""
     store_shared(at, value)
 

@@ -6,7 +6,8 @@ import numpy as np
 
 from llmq.cache import KVRing
 from llmq.config import ModelConfig
-from llmq.engine.forward import COUNTERS_PER_LAYER, JOB, forward
+from llmq.engine.forward import forward
+from llmq.engine.job import COUNTERS_PER_LAYER, JOB
 from llmq.engine.plan import Plan, make_plan
 from llmq.gguf import GGUF
 from llmq.kernels.activation import GROUP_BYTES
@@ -48,13 +49,13 @@ class Engine:
     ) -> np.ndarray:
         """Run rows of (token, position, ring); logits f32 [len(outputs), vocab_size] of the rows listed.
 
-        Rows of one ring stand together, positions ascending. Keys and values are written to the rings; advancing them is
-        the caller's. May be interrupted (KeyboardInterrupt) between layers: then no ring has changed its length.
+        Rows of one ring stand together, positions ascending. Keys and values are written to the rings; to advance them
+        is the caller's. May be interrupted (KeyboardInterrupt) between layers: then no ring has changed its length.
         """
         n_rows, n_layers = len(tokens), self.config.n_layers
         assert 0 < n_rows <= self.batch, n_rows
         self._make_room(n_rows)
-        rows = {
+        rows: dict[str, np.ndarray] = {
             "tokens": np.asarray(tokens, np.int32),
             "positions": np.asarray(positions, np.int64),
             "rings": np.asarray([ring.address for ring in rings], np.int64),

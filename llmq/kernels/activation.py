@@ -23,7 +23,6 @@ from llmq.simd import (
     max_lanes_f32x16,
     round_f32x16,
     splat_f32x16,
-    splat_i32x16,
     stack,
     store_f32,
     store_i8x16,
@@ -36,7 +35,7 @@ SUMS32, SUMS16, VALUES = 16, 32, 64  # offsets in K groups; q lies at VALUES in 
 
 
 @jit
-def largest(x, n):  # type: ignore[no-untyped-def]
+def largest(x, n):
     """Largest magnitude among `n` floats (a multiple of 16) at address `x`."""
     top = splat_f32x16(np.float32(0))
     for i in range(0, n, 16):
@@ -45,7 +44,7 @@ def largest(x, n):  # type: ignore[no-untyped-def]
 
 
 @jit
-def quantize16(q, x, inverse):  # type: ignore[no-untyped-def]
+def quantize16(q, x, inverse):
     """Write round(x * inverse) of 16 floats as bytes; returns their sum."""
     values = i32_of_f32x16(round_f32x16(load_f32x16(x) * splat_f32x16(inverse)))
     store_i8x16(q, i8_of_i32x16(values))
@@ -53,12 +52,12 @@ def quantize16(q, x, inverse):  # type: ignore[no-untyped-def]
 
 
 @jit
-def inverse_scale(top):  # type: ignore[no-untyped-def]
+def inverse_scale(top):
     return np.float32(127) / top if top > np.float32(0) else np.float32(0)
 
 
 @jit
-def quantize_k(out, x):  # type: ignore[no-untyped-def]
+def quantize_k(out, x):
     """256 floats at `x` to one K group at `out`."""
     top = largest(x, 256)
     inverse = inverse_scale(top)
@@ -72,7 +71,7 @@ def quantize_k(out, x):  # type: ignore[no-untyped-def]
 
 
 @jit
-def quantize_block(out, x):  # type: ignore[no-untyped-def]
+def quantize_block(out, x):
     """256 floats at `x` to one BLOCK group at `out`."""
     for i in range(8):
         at = x + 128 * i
@@ -85,7 +84,7 @@ def quantize_block(out, x):  # type: ignore[no-untyped-def]
 
 
 @jit
-def prepare_group(out, kind, x, n):  # type: ignore[no-untyped-def]
+def prepare_group(out, kind, x, n):
     """One group of `kind` at `out` from `n` <= 256 floats at `x`; missing ones count as zero."""
     source = x
     if n < 256:
@@ -101,7 +100,7 @@ def prepare_group(out, kind, x, n):  # type: ignore[no-untyped-def]
 
 
 @kernel(types.int64, types.int64, types.int64, types.int64, types.int64, name="prepare")
-def prepare(out, kind, x, n, n_tokens):  # type: ignore[no-untyped-def]
+def prepare(out, kind, x, n, n_tokens):
     """Rows x [n_tokens][n] of floats to groups [ceil(n / 256)][n_tokens] of `kind` at `out`."""
     size = 1024 if kind == FLOAT else 320
     for token in range(n_tokens):

@@ -48,7 +48,7 @@ SCRATCH_BYTES = STATE + 3 * QUERIES * 4
 
 
 @jit
-def store_kv(keys, values, slot, k, v, head_dim):  # type: ignore[no-untyped-def]
+def store_kv(keys, values, slot, k, v, head_dim):
     """Write one position's key and value [head_dim] of one KV head."""
     block = keys + ((slot >> 4) * head_dim * 16 + (slot & 15)) * 2
     for i in range(head_dim):
@@ -61,7 +61,7 @@ def make_attend(n: int) -> Any:
     """attend for `n` queries of one KV head (n * head vectors share the keys)."""
 
     @jit
-    def score(scratch, keys, capacity, head_dim, block, n_blocks):  # type: ignore[no-untyped-def]
+    def score(scratch, keys, capacity, head_dim, block, n_blocks):
         """Scores of `n_blocks` <= 4 blocks of 16 positions, raw."""
         for b in range(n_blocks):
             at = keys + ((block + b) % (capacity >> 4)) * head_dim * 32
@@ -71,7 +71,7 @@ def make_attend(n: int) -> Any:
             tile_store(scratch + SCORES + 64 * b, 4 * SPAN, acc)
 
     @jit
-    def soften(scratch, q_positions, window, block, n_blocks):  # type: ignore[no-untyped-def]
+    def soften(scratch, q_positions, window, block, n_blocks):
         """Mask, then exp against the new running maximum; keeps what the older sums must be multiplied by."""
         nothing = splat_f32x16(np.float32(-np.inf))
         for i in range(n):
@@ -98,7 +98,7 @@ def make_attend(n: int) -> Any:
             store_f32(state + 8 * n, factor)
 
     @jit
-    def gather(scratch, sums, values, capacity, head_dim, block, n_blocks):  # type: ignore[no-untyped-def]
+    def gather(scratch, sums, values, capacity, head_dim, block, n_blocks):
         """sums = sums * factor + probabilities . values."""
         for i in range(0, head_dim, 16):
             acc = tile_scale(tile_load(tile_f32(n), sums + 4 * i, 4 * head_dim), scratch + STATE + 8 * n, 4)
@@ -110,7 +110,7 @@ def make_attend(n: int) -> Any:
             tile_store(sums + 4 * i, 4 * head_dim, acc)
 
     @jit
-    def attend(outs, queries, q_positions, keys, values, capacity, head_dim, window, scratch):  # type: ignore[no-untyped-def]
+    def attend(outs, queries, q_positions, keys, values, capacity, head_dim, window, scratch):
         """`outs`, `queries`: n addresses of [head_dim] floats; `q_positions`: n positions, ascending; all int64."""
         sums = scratch + SCORES // 2
         scale = splat_f32x16(np.float32(1) / np.float32(np.sqrt(np.float32(head_dim))))

@@ -47,7 +47,7 @@ def _k_row(unpack: KFormat, size: int) -> Any:
     lanes, scales, mins, factors = unpack.lanes, unpack.scales, unpack.mins, unpack.factors
 
     @jit
-    def row(w, x, x_stride, n_groups):  # type: ignore[no-untyped-def]
+    def row(w, x, x_stride, n_groups):
         acc, below = splat_f32x16(np.float32(0)), splat_f32x8(np.float32(0))
         zero = splat_i32x16(np.int32(0))
         for _ in range(n_groups):
@@ -73,7 +73,7 @@ def _block_row(unpack: BlockFormat, size: int) -> Any:
     dot, block = dot_u8s8 if unpack.full else dot_u7s8, unpack.format.block_bytes
 
     @jit
-    def row(w, x, x_stride, n_groups):  # type: ignore[no-untyped-def]
+    def row(w, x, x_stride, n_groups):
         acc, offset = splat_f32x16(np.float32(0)), np.float32(0)
         zero = splat_i32x16(np.int32(0))
         for _ in range(n_groups):
@@ -96,7 +96,7 @@ def _float_row(unpack: FloatFormat, size: int) -> Any:
     lanes, step = unpack.lanes, 16 * unpack.format.block_bytes
 
     @jit
-    def row(w, x, x_stride, n_groups):  # type: ignore[no-untyped-def]
+    def row(w, x, x_stride, n_groups):
         even, odd = splat_f32x16(np.float32(0)), splat_f32x16(np.float32(0))
         for _ in range(n_groups):
             for i in range(0, 16, 2):
@@ -109,22 +109,22 @@ def _float_row(unpack: FloatFormat, size: int) -> Any:
     return row
 
 
-MAKERS = {KFormat: _k_row, BlockFormat: _block_row, FloatFormat: _float_row}
+MAKERS: dict[type, Any] = {KFormat: _k_row, BlockFormat: _block_row, FloatFormat: _float_row}
 
 
 def make_dot(unpack: KFormat | BlockFormat | FloatFormat) -> Kernel:
     """Kernel: out[r] = row r at `w` . x for `n_rows` rows of `n_groups` whole groups and `tail_bytes` more."""
     size = group_bytes(unpack.format)
     row = MAKERS[type(unpack)](unpack, size)
-    if GROUP == unpack.format.block_size:
+    if unpack.format.block_size == GROUP:
 
-        def dot(out, w, row_bytes, n_rows, x, x_stride, n_groups, tail_bytes):  # type: ignore[no-untyped-def]  # noqa: ARG001
+        def dot(out, w, row_bytes, n_rows, x, x_stride, n_groups, tail_bytes):  # noqa: ARG001
             for r in range(n_rows):
                 store_f32(out + 4 * r, row(w + r * row_bytes, x, x_stride, n_groups))
 
     else:
 
-        def dot(out, w, row_bytes, n_rows, x, x_stride, n_groups, tail_bytes):  # type: ignore[no-untyped-def]
+        def dot(out, w, row_bytes, n_rows, x, x_stride, n_groups, tail_bytes):
             padded = stack(size)
             for r in range(n_rows):
                 at = w + r * row_bytes

@@ -19,7 +19,7 @@ from llmq.simd import (
 
 
 @jit
-def rms_norm(out, x, weight, n, eps):  # type: ignore[no-untyped-def]
+def rms_norm(out, x, weight, n, eps):
     """out[n] = x / sqrt(mean(x^2) + eps) * weight."""
     squares = splat_f32x16(np.float32(0))
     for i in range(0, n, 16):
@@ -32,7 +32,7 @@ def rms_norm(out, x, weight, n, eps):  # type: ignore[no-untyped-def]
 
 
 @jit
-def rope_angles(out, frequencies, n, position):  # type: ignore[no-untyped-def]
+def rope_angles(out, frequencies, n, position):
     """out[n][2] = cos and sin of position * frequency, in double precision up to the last step; any n."""
     for i in range(n):
         angle = position * load_f64(frequencies + 8 * i)
@@ -41,7 +41,7 @@ def rope_angles(out, frequencies, n, position):  # type: ignore[no-untyped-def]
 
 
 @jit
-def rope(x, angles, n, step, gap):  # type: ignore[no-untyped-def]
+def rope(x, angles, n, step, gap):
     """Rotate n pairs (x[i * step], x[i * step + gap]) of one head in place; any n.
 
     step 2, gap 1: neighbours (GGUF "llama"); step 1, gap n: halves (Hugging Face).
@@ -55,7 +55,7 @@ def rope(x, angles, n, step, gap):  # type: ignore[no-untyped-def]
 
 
 @jit
-def silu_mul(out, gate, up):  # type: ignore[no-untyped-def]
+def silu_mul(out, gate, up):
     """Sixteen of out = gate / (1 + exp(-gate)) * up."""
     g = load_f32x16(gate)
     store_f32x16(out, g / (splat_f32x16(np.float32(1)) + exp_f32x16(splat_f32x16(np.float32(0)) - g)) * load_f32x16(up))

@@ -29,7 +29,7 @@ def _k_group(unpack: KFormat) -> Any:
     lanes, scales, mins, factors = unpack.lanes, unpack.scales, unpack.mins, unpack.factors
 
     @jit
-    def group(out, w):  # type: ignore[no-untyped-def]
+    def group(out, w):
         u, scale, low = stack(64), stack(64), stack(64)
         store_i8x16(scale, scales(w))
         store_i16x16(low, mins(w))
@@ -48,7 +48,7 @@ def _block_group(unpack: BlockFormat) -> Any:
     lanes, factors, block = unpack.lanes, unpack.factors, unpack.format.block_bytes
 
     @jit
-    def group(out, w):  # type: ignore[no-untyped-def]
+    def group(out, w):
         u = stack(64)
         for j in range(4):
             store_u8x64(u, lanes(w, j))
@@ -65,14 +65,14 @@ def _float_group(unpack: FloatFormat) -> Any:
     lanes, step = unpack.lanes, 16 * unpack.format.block_bytes
 
     @jit
-    def group(out, w):  # type: ignore[no-untyped-def]
+    def group(out, w):
         for i in range(16):
             store_f32x16(out + 64 * i, lanes(w + i * step))
 
     return group
 
 
-MAKERS = {KFormat: _k_group, BlockFormat: _block_group, FloatFormat: _float_group}
+MAKERS: dict[type, Any] = {KFormat: _k_group, BlockFormat: _block_group, FloatFormat: _float_group}
 
 
 def make_floats(unpack: KFormat | BlockFormat | FloatFormat) -> Kernel:
@@ -80,7 +80,7 @@ def make_floats(unpack: KFormat | BlockFormat | FloatFormat) -> Kernel:
     size = group_bytes(unpack.format)
     group = MAKERS[type(unpack)](unpack)
 
-    def floats(out, w, n_groups, tail_bytes, tail_weights):  # type: ignore[no-untyped-def]
+    def floats(out, w, n_groups, tail_bytes, tail_weights):
         for g in range(n_groups):
             group(out + 1024 * g, w + size * g)
         if tail_bytes:

@@ -8,7 +8,7 @@ no sum has to cross lanes:
   MINS     pairs of i16 mins of 16 rows (K)
   FACTORS  f32 d, then f32 dm, of 16 rows (K)
 
-`make_panel(unpack)` is generic over the formats of unpack.py. Results are [n_tokens][16] floats, added up group by group.
+`make_panel(unpack)` is generic over the formats of unpack.py. Results are [n_tokens][16] floats, added up by group.
 """
 
 from collections.abc import Callable
@@ -33,7 +33,6 @@ from llmq.simd import (
     splat_i32x16,
     stack,
     store_f32,
-    store_f32x16,
     store_i32x16,
     tile_dot16_u7,
     tile_dot32_u7,
@@ -64,7 +63,7 @@ def _sixteen(value: Callable[..., Any]) -> Any:
     """value(w, i) of the 16 rows at w, w + row_bytes, ...; rows past the last repeat it."""
 
     @jit
-    def rows(w, row_bytes, n_rows, i):  # type: ignore[no-untyped-def]
+    def rows(w, row_bytes, n_rows, i):
         last = n_rows - 1
         return (
             value(w, i), value(w + min(1, last) * row_bytes, i),
@@ -84,13 +83,13 @@ def _pack_lanes(lanes: Callable[..., Any]) -> Any:
     """Bytes of 16 rows x 256 weights, in vectors of 16 rows x 4 weights."""
 
     @jit
-    def words(w, j):  # type: ignore[no-untyped-def]
+    def words(w, j):
         return as_i32x16(lanes(w, j))
 
     sixteen = _sixteen(words)
 
     @jit
-    def pack(panel, w, row_bytes, n_rows):  # type: ignore[no-untyped-def]
+    def pack(panel, w, row_bytes, n_rows):
         for j in range(4):
             tile_store(panel + 1024 * j, 64, transpose_i32(sixteen(w, row_bytes, n_rows, j)))
 
@@ -104,17 +103,17 @@ def _k_pack(unpack: KFormat) -> Any:
     low16 = np.int32(0xFFFF)
 
     @jit
-    def wide_scales(w, _i):  # type: ignore[no-untyped-def]
+    def wide_scales(w, _i):
         return i32_of_i8x16(scales(w))
 
     @jit
-    def wide_mins(w, _i):  # type: ignore[no-untyped-def]
+    def wide_mins(w, _i):
         return i32_of_i16x16(mins(w))
 
     scale_rows, min_rows = _sixteen(wide_scales), _sixteen(wide_mins)
 
     @jit
-    def pack(panel, w, row_bytes, n_rows):  # type: ignore[no-untyped-def]
+    def pack(panel, w, row_bytes, n_rows):
         pack_lanes(panel, w, row_bytes, n_rows)
         columns = stack(1024)
         tile_store(columns, 64, transpose_i32(scale_rows(w, row_bytes, n_rows, 0)))
@@ -138,7 +137,7 @@ def _k_tile(unpack: KFormat, n: int) -> Any:
     n_pairs, sums, span = n_subs // 2, SUMS32 if unpack.sub == 32 else SUMS16, 256 // n_subs
 
     @jit
-    def tile(out, panel, x, x_step):  # type: ignore[no-untyped-def]
+    def tile(out, panel, x, x_step):
         total = tile_i32(n)
         for s in range(n_subs):
             product = dot(tile_i32(n), panel + 16 * span * s, x + VALUES + span * s, x_step)
@@ -158,7 +157,7 @@ def _block_pack(unpack: BlockFormat) -> Any:
     pack_lanes, factors, block = _pack_lanes(unpack.lanes), unpack.factors, unpack.format.block_bytes
 
     @jit
-    def pack(panel, w, row_bytes, n_rows):  # type: ignore[no-untyped-def]
+    def pack(panel, w, row_bytes, n_rows):
         pack_lanes(panel, w, row_bytes, n_rows)
         for r in range(ROWS):
             at = w + min(r, n_rows - 1) * row_bytes
@@ -174,7 +173,7 @@ def _block_tile(unpack: BlockFormat, n: int) -> Any:
     dot = tile_dot32_u8 if unpack.full else tile_dot32_u7
 
     @jit
-    def tile(out, panel, x, x_step):  # type: ignore[no-untyped-def]
+    def tile(out, panel, x, x_step):
         acc = tile_load(tile_f32(n), out, 64)
         for s in range(8):
             product = dot(tile_i32(n), panel + 512 * s, x + VALUES + 32 * s, x_step)
@@ -189,13 +188,13 @@ def _float_pack(unpack: FloatFormat) -> Any:
     lanes, step = unpack.lanes, 16 * unpack.format.block_bytes
 
     @jit
-    def sixteenth(w, i):  # type: ignore[no-untyped-def]
+    def sixteenth(w, i):
         return lanes(w + i * step)
 
     sixteen = _sixteen(sixteenth)
 
     @jit
-    def pack(panel, w, row_bytes, n_rows):  # type: ignore[no-untyped-def]
+    def pack(panel, w, row_bytes, n_rows):
         for i in range(16):
             tile_store(panel + 1024 * i, 64, transpose_f32(sixteen(w, row_bytes, n_rows, i)))
 
@@ -204,7 +203,7 @@ def _float_pack(unpack: FloatFormat) -> Any:
 
 def _float_tile(_unpack: FloatFormat, n: int) -> Any:
     @jit
-    def tile(out, panel, x, x_step):  # type: ignore[no-untyped-def]
+    def tile(out, panel, x, x_step):
         acc = tile_load(tile_f32(n), out, 64)
         for k in range(256):
             acc = tile_fma(acc, load_f32x16(panel + 64 * k), x + 4 * k, x_step)
@@ -213,7 +212,11 @@ def _float_tile(_unpack: FloatFormat, n: int) -> Any:
     return tile
 
 
-MAKERS = {KFormat: (_k_pack, _k_tile), BlockFormat: (_block_pack, _block_tile), FloatFormat: (_float_pack, _float_tile)}
+MAKERS: dict[type, Any] = {
+    KFormat: (_k_pack, _k_tile),
+    BlockFormat: (_block_pack, _block_tile),
+    FloatFormat: (_float_pack, _float_tile),
+}
 
 
 def make_panel(unpack: KFormat | BlockFormat | FloatFormat) -> Kernel:
@@ -228,7 +231,7 @@ def make_panel(unpack: KFormat | BlockFormat | FloatFormat) -> Kernel:
     half, padded_bytes = TILE // 2, ROWS * size
 
     @jit
-    def sweep(out, panel, x, x_step, n_tokens):  # type: ignore[no-untyped-def]
+    def sweep(out, panel, x, x_step, n_tokens):
         t = 0
         while n_tokens - t >= TILE:
             large(out + 64 * t, panel, x + t * x_step, x_step)
@@ -240,7 +243,7 @@ def make_panel(unpack: KFormat | BlockFormat | FloatFormat) -> Kernel:
             single(out + 64 * t, panel, x + t * x_step, x_step)
             t += 1
 
-    def panel_product(out, w, row_bytes, n_rows, x, x_step, x_stride, n_tokens, n_groups, tail_bytes, panel):  # type: ignore[no-untyped-def]
+    def panel_product(out, w, row_bytes, n_rows, x, x_step, x_stride, n_tokens, n_groups, tail_bytes, panel):
         clear_bytes(out, 64 * n_tokens)
         for g in range(n_groups):
             pack(panel, w + g * size, row_bytes, n_rows)

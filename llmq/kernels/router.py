@@ -12,8 +12,8 @@ from llmq.simd import add_lanes_f32x16, fma, load_f32, load_f32x16, load_i32, sp
 
 
 @jit
-def choose_experts(chosen, weights, x, gate, dim, n_experts, n_used, scores):  # type: ignore[no-untyped-def]
-    """The `n_used` best of gate [n_experts][dim] . x [dim]: i32 ids, f32 weights that add up to 1; ties to the lower id.
+def choose_experts(chosen, weights, x, gate, dim, n_experts, n_used, scores):
+    """The `n_used` best of gate [n_experts][dim] . x [dim]: i32 ids, f32 weights with sum 1; ties to the lower id.
 
     `scores` is scratch of n_experts floats.
     """
@@ -41,7 +41,7 @@ def choose_experts(chosen, weights, x, gate, dim, n_experts, n_used, scores):  #
 
 
 @jit
-def group_by_expert(entries, entry_weights, starts, active, chosen, weights, n_rows, n_experts, n_used):  # type: ignore[no-untyped-def]
+def group_by_expert(entries, entry_weights, starts, active, chosen, weights, n_rows, n_experts, n_used):
     """A counting sort: expert e takes entries starts[e] .. starts[e + 1], rows (i32) with their weights (f32).
 
     `active` gets the number of experts that have any entry, then their ids.

@@ -79,42 +79,42 @@ LOW6, LOW4, LOW2 = np.uint32(0x3F3F3F3F), np.uint32(0x0F0F0F0F), np.uint32(0x030
 
 
 @jit
-def _six_bits(low, packed, high):  # type: ignore[no-untyped-def]
+def _six_bits(low, packed, high):
     upper = packed | (((high >> np.uint32(6)) & LOW2) << np.uint32(4))
     return np.uint64(low & LOW6) | (np.uint64(upper) << np.uint64(32))
 
 
 @jit
-def k45_scales(w):  # type: ignore[no-untyped-def]
+def k45_scales(w):
     a, c = load_u32(w + 4), load_u32(w + 12)
     return twice_i8x16(_six_bits(a, c & LOW4, a))
 
 
 @jit
-def k45_mins(w):  # type: ignore[no-untyped-def]
+def k45_mins(w):
     b, c = load_u32(w + 8), load_u32(w + 12)
     return i16_of_i8x16(twice_i8x16(_six_bits(b, (c >> np.uint32(4)) & LOW4, b)))
 
 
 @jit
-def k45_factors(w):  # type: ignore[no-untyped-def]
+def k45_factors(w):
     return load_f16(w), load_f16(w + 2)
 
 
 @jit
-def q4_k_lanes(w, j):  # type: ignore[no-untyped-def]
+def q4_k_lanes(w, j):
     return nibbles_u8x64(load_u8x32(w + 16 + 32 * j))
 
 
 @jit
-def q5_k_lanes(w, j):  # type: ignore[no-untyped-def]
+def q5_k_lanes(w, j):
     bit = np.uint8(2 * j)
     fifth = shifted_bits(load_u8x32(w + 16), bit, bit + np.uint8(1), np.uint8(1), np.uint8(4))
     return nibbles_u8x64(load_u8x32(w + 48 + 32 * j)) | fifth
 
 
 @jit
-def q6_k_lanes(w, j):  # type: ignore[no-untyped-def]
+def q6_k_lanes(w, j):
     half, shift = j >> 1, np.uint8(4 * (j & 1))
     low = (load_u8x64(w + 64 * half) >> splat_u8x64(shift)) & splat_u8x64(np.uint8(15))
     upper = load_u8x32(w + 128 + 32 * half)
@@ -122,92 +122,92 @@ def q6_k_lanes(w, j):  # type: ignore[no-untyped-def]
 
 
 @jit
-def q6_k_scales(w):  # type: ignore[no-untyped-def]
+def q6_k_scales(w):
     return load_i8x16(w + 192)
 
 
 @jit
-def q6_k_mins(w):  # type: ignore[no-untyped-def]
+def q6_k_mins(w):
     return i16_of_i8x16(load_i8x16(w + 192))
 
 
 @jit
-def q6_k_factors(w):  # type: ignore[no-untyped-def]
+def q6_k_factors(w):
     d = load_f16(w + 208)
     return d, d * np.float32(32)
 
 
 @jit
-def q8_0_lanes(w, j):  # type: ignore[no-untyped-def]
+def q8_0_lanes(w, j):
     w += 68 * j
     return join_u8x32(load_u8x32(w + 2), load_u8x32(w + 36)) ^ splat_u8x64(np.uint8(128))
 
 
 @jit
-def q8_0_factors(w):  # type: ignore[no-untyped-def]
+def q8_0_factors(w):
     d = load_f16(w)
     return d, d * np.float32(-128)
 
 
 @jit
-def q4_0_lanes(w, j):  # type: ignore[no-untyped-def]
+def q4_0_lanes(w, j):
     w += 36 * j
     return join_u8x32(nibbles_u8x32(load_u8x16(w + 2)), nibbles_u8x32(load_u8x16(w + 20)))
 
 
 @jit
-def q4_0_factors(w):  # type: ignore[no-untyped-def]
+def q4_0_factors(w):
     d = load_f16(w)
     return d, d * np.float32(-8)
 
 
 @jit
-def q4_1_lanes(w, j):  # type: ignore[no-untyped-def]
+def q4_1_lanes(w, j):
     w += 40 * j
     return join_u8x32(nibbles_u8x32(load_u8x16(w + 4)), nibbles_u8x32(load_u8x16(w + 24)))
 
 
 @jit
-def scale_and_min(w):  # type: ignore[no-untyped-def]
+def scale_and_min(w):
     return load_f16(w), load_f16(w + 2)
 
 
 @jit
-def _five_bits(fifth, low):  # type: ignore[no-untyped-def]
+def _five_bits(fifth, low):
     bits = bits_u8x32(load_u32(fifth)) << splat_u8x32(np.uint8(4))
     return nibbles_u8x32(load_u8x16(low)) | bits
 
 
 @jit
-def q5_0_lanes(w, j):  # type: ignore[no-untyped-def]
+def q5_0_lanes(w, j):
     w += 44 * j
     return join_u8x32(_five_bits(w + 2, w + 6), _five_bits(w + 24, w + 28))
 
 
 @jit
-def q5_0_factors(w):  # type: ignore[no-untyped-def]
+def q5_0_factors(w):
     d = load_f16(w)
     return d, d * np.float32(-16)
 
 
 @jit
-def q5_1_lanes(w, j):  # type: ignore[no-untyped-def]
+def q5_1_lanes(w, j):
     w += 48 * j
     return join_u8x32(_five_bits(w + 4, w + 8), _five_bits(w + 28, w + 32))
 
 
 @jit
-def f32_lanes(w):  # type: ignore[no-untyped-def]
+def f32_lanes(w):
     return load_f32x16(w)
 
 
 @jit
-def f16_lanes(w):  # type: ignore[no-untyped-def]
+def f16_lanes(w):
     return load_f16x16(w)
 
 
 @jit
-def bf16_lanes(w):  # type: ignore[no-untyped-def]
+def bf16_lanes(w):
     return f32_of_bf16x16(load_u16x16(w))
 
 

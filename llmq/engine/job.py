@@ -1,0 +1,104 @@
+"""A batch as compiled code sees it: the job record, and the steps that every part of the forward pass is made of."""
+
+import numpy as np
+
+from llmq.engine.plan import LAYER, MODEL
+from llmq.jit import jit
+from llmq.kernels.activation import FLOAT, GROUP_BYTES, K, prepare_group
+from llmq.kernels.dot import DOT_TYPES
+from llmq.kernels.panel import PANEL_TYPES, ROWS
+from llmq.simd import call, load_f32, record_at, store_f32
+from llmq.team import fetch_add
+
+COUNTERS_PER_LAYER = 5
+
+# Addresses of buffers, sizes of this batch, and what a call covers.
+JOB = np.dtype(
+    [
+        (name, np.int64)
+        for name in (
+            "model", "shared", "counters", "n_threads", "first_layer", "end_layer",
+            "n_rows", "tokens", "positions", "rings", "capacities", "n_outputs", "output_rows", "logits",
+            "x", "normed", "act0", "act1", "act2", "q", "k", "v", "attended", "angles", "hidden",
+            "chosen", "chosen_weights", "entries", "entry_weights", "starts", "active", "scratch", "scratch_bytes",
+            "tile_bytes", "attention_at", "panel_at",
+        )
+    ]
+)  # fmt: skip
+
+job_at, layer_at, model_at = record_at(JOB), record_at(LAYER), record_at(MODEL)
+LAYER_BYTES = LAYER.itemsize
+call_dot, call_panel = call(*DOT_TYPES), call(*PANEL_TYPES)
+
+
+@jit
+def share(n, thread, n_threads):
+    """This thread's even part of 0..n."""
+    return n * thread // n_threads, n * (thread + 1) // n_threads
+
+
+@jit
+def n_blocks(n, size):
+    return (n + size - 1) // size
+
+
+@jit
+def act_buffer(job, kind):
+    """Where prepared activations of a kind lie, and the bytes of one group."""
+    if kind == FLOAT:
+        return job.act0, GROUP_BYTES[FLOAT]
+    return job.act1 if kind == K else job.act2, GROUP_BYTES[K]
+
+
+@jit
+def prepare_rows(job, kinds, x, n, row, slot, first, count, group_begin, group_end):
+    """Groups of x[row] to the batch of `count` rows whose first is `first`; the row is number `slot` in it."""
+    n_groups = n_blocks(n, 256)
+    for kind in range(3):
+        if (kinds >> kind) & 1:
+            base, size = act_buffer(job, kind)
+            base += first * n_groups * size
+            for g in range(group_begin, group_end):
+                source = x + 4 * (row * n + 256 * g)
+                prepare_group(base + (g * count + slot) * size, kind, source, min(256, n - 256 * g))
+
+
+@jit
+def product(job, out, m, expert, row, first, count, panel):
+    """out [count][16] = 16 rows of a matrix from `row` on, times the prepared rows first .. first + count."""
+    base, size = act_buffer(job, m.kind)
+    n_groups = n_blocks(m.cols, 256)
+    x = base + first * n_groups * size
+    w = m.address + expert * m.expert_bytes + row * m.row_bytes
+    n_rows = min(ROWS, m.rows - row)
+    if count == 1:
+        call_dot(m.dot, out, w, m.row_bytes, n_rows, x, size, m.n_groups, m.tail_bytes)
+    else:
+        call_panel(
+            m.panel, out, w, m.row_bytes, n_rows, x, size, count * size, count, m.n_groups, m.tail_bytes, panel
+        )  # fmt: skip
+
+
+@jit
+def next_items(job, counter, n_items):
+    """The next run of items that no thread has taken."""
+    grain = max(1, n_items // (job.n_threads * 8))
+    begin = fetch_add(job.counters + 8 * counter, grain)
+    return min(begin, n_items), min(begin + grain, n_items)
+
+
+@jit
+def store_tile(out, stride, tile, n_rows, count):
+    for t in range(count):
+        for r in range(n_rows):
+            store_f32(out + 4 * (t * stride + r), load_f32(tile + 64 * t + 4 * r))
+
+
+@jit
+def prepare_all(job, kinds, x, n, thread):
+    """Prepare the batch's rows of x, shared out by groups."""
+    n_groups = n_blocks(n, 256)
+    begin, end = share(job.n_rows * n_groups, thread, job.n_threads)
+    for item in range(begin, end):
+        row, g = item // n_groups, item % n_groups
+        prepare_rows(job, kinds, x, n, row, row, 0, job.n_rows, g, g + 1)

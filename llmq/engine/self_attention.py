@@ -1,0 +1,114 @@
+"""Self-attention of a batch: project, rotate, store, attend, project back."""
+
+from llmq.engine.job import n_blocks, next_items, product, share, store_tile
+from llmq.jit import jit
+from llmq.kernels.attention import QUERIES, attend1, attend4, attend8, store_kv
+from llmq.kernels.elementwise import rope
+from llmq.kernels.panel import ROWS
+from llmq.simd import load_f32, load_i64, stack, store_f32, store_i64
+
+
+@jit
+def project_qkv(job, layer, counter, tile, panel):
+    """q, k, v = normed times three matrices, as one list of 16-row strips."""
+    nq, nk = n_blocks(layer.attn_q.rows, ROWS), n_blocks(layer.attn_k.rows, ROWS)
+    n_items = nq + nk + n_blocks(layer.attn_v.rows, ROWS)
+    begin, end = next_items(job, counter, n_items)
+    while begin < end:
+        for item in range(begin, end):
+            if item < nq:
+                m, out, row = layer.attn_q, job.q, item * ROWS
+            elif item < nq + nk:
+                m, out, row = layer.attn_k, job.k, (item - nq) * ROWS
+            else:
+                m, out, row = layer.attn_v, job.v, (item - nq - nk) * ROWS
+            product(job, tile, m, 0, row, 0, job.n_rows, panel)
+            store_tile(out + 4 * row, m.rows, tile, min(ROWS, m.rows - row), job.n_rows)
+        begin, end = next_items(job, counter, n_items)
+
+
+@jit
+def ring_at(job, model, row, layer, head):
+    """Addresses of one KV head's keys and values in a row's ring, and the ring's capacity."""
+    capacity = load_i64(job.capacities + 8 * row)
+    plane = capacity * model.head_dim * 2
+    keys = load_i64(job.rings + 8 * row) + (layer * 2 * model.n_kv_heads + head) * plane
+    return keys, keys + model.n_kv_heads * plane, capacity
+
+
+@jit
+def rotate_and_store(job, model, layer, thread):
+    """RoPE on q and k; k and v go into the ring at slot position % capacity."""
+    hd, n_rep = model.head_dim, model.n_heads // model.n_kv_heads
+    begin, end = share(job.n_rows * model.n_kv_heads, thread, job.n_threads)
+    for item in range(begin, end):
+        row, head = item // model.n_kv_heads, item % model.n_kv_heads
+        angles = job.angles + 4 * row * hd
+        for h in range(head * n_rep, (head + 1) * n_rep):
+            rope(job.q + 4 * (row * model.n_heads + h) * hd, angles, hd // 2, model.rope_step, model.rope_gap)
+        k = job.k + 4 * (row * model.n_kv_heads + head) * hd
+        rope(k, angles, hd // 2, model.rope_step, model.rope_gap)
+        keys, values, capacity = ring_at(job, model, row, layer, head)
+        store_kv(keys, values, load_i64(job.positions + 8 * row) % capacity, k, job.v + (k - job.k), hd)
+
+
+@jit
+def attend_span(job, model, layer, head, row, until, scratch):
+    """Queries of rows row .. until (one ring) and all heads over one KV head, eight at a time."""
+    hd, n_rep = model.head_dim, model.n_heads // model.n_kv_heads
+    keys, values, capacity = ring_at(job, model, row, layer, head)
+    outs, queries, at = stack(64), stack(64), stack(64)
+    n, done = (until - row) * n_rep, 0
+    while done < n:
+        size = 8 if n - done >= 8 else (4 if n - done >= 4 else 1)
+        for i in range(size):
+            r = row + (done + i) // n_rep
+            offset = 4 * (r * model.n_heads + head * n_rep + (done + i) % n_rep) * hd
+            store_i64(outs + 8 * i, job.attended + offset)
+            store_i64(queries + 8 * i, job.q + offset)
+            store_i64(at + 8 * i, load_i64(job.positions + 8 * r))
+        if size == 8:
+            attend8(outs, queries, at, keys, values, capacity, hd, model.window, scratch)
+        elif size == 4:
+            attend4(outs, queries, at, keys, values, capacity, hd, model.window, scratch)
+        else:
+            attend1(outs, queries, at, keys, values, capacity, hd, model.window, scratch)
+        done += size
+
+
+@jit
+def attend_rows(job, model, layer, counter, scratch):
+    """attended = softmax(q k / sqrt(head_dim)) v; rows of one ring and the heads of one KV head go together."""
+    n_rep = model.n_heads // model.n_kv_heads
+    span = max(1, QUERIES // n_rep)
+    n_spans = n_blocks(job.n_rows, span)
+    n_items = n_spans * model.n_kv_heads
+    begin, end = next_items(job, counter, n_items)
+    while begin < end:
+        for item in range(begin, end):
+            head, row = item // n_spans, item % n_spans * span
+            end_row = min(row + span, job.n_rows)
+            while row < end_row:
+                until = row + 1
+                while until < end_row and load_i64(job.rings + 8 * until) == load_i64(job.rings + 8 * row):
+                    until += 1
+                attend_span(job, model, layer, head, row, until, scratch)
+                row = until
+        begin, end = next_items(job, counter, n_items)
+
+
+@jit
+def add_output(job, layer, counter, tile, panel):
+    """x += attended times attn_output."""
+    m = layer.attn_output
+    n_items = n_blocks(m.rows, ROWS)
+    begin, end = next_items(job, counter, n_items)
+    while begin < end:
+        for item in range(begin, end):
+            row = item * ROWS
+            product(job, tile, m, 0, row, 0, job.n_rows, panel)
+            for t in range(job.n_rows):
+                for r in range(min(ROWS, m.rows - row)):
+                    at = job.x + 4 * (t * m.rows + row + r)
+                    store_f32(at, load_f32(at) + load_f32(tile + 64 * t + 4 * r))
+        begin, end = next_items(job, counter, n_items)

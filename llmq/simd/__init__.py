@@ -1,0 +1,96 @@
+"""Vector values for Numba code: 512-bit registers that kernels add, multiply and shuffle by name.
+
+A `Vec` is a Numba type whose machine value is an LLVM vector. Kernels are written once for 64 bytes; on processors
+with narrower registers LLVM splits each value in two or four. The few operations that have no portable form (integer
+dot products, half floats) are lowered by instruction set, and only in this package.
+"""
+
+from llmq.simd.basics import (
+    abs_f32x16,
+    add_lanes_f32x8,
+    add_lanes_f32x16,
+    add_lanes_i32x16,
+    as_i32x16,
+    clear_bytes,
+    copy_bytes,
+    count16,
+    f32_of_bf16x16,
+    f32_of_i32x8,
+    f32_of_i32x16,
+    fma,
+    fma8,
+    i8_of_i32x16,
+    i16_of_i8x16,
+    i32_of_f32x16,
+    i32_of_i8x16,
+    i32_of_i16x16,
+    load_f32,
+    load_f32x16,
+    load_f64,
+    load_i8,
+    load_i8x16,
+    load_i8x64,
+    load_i16,
+    load_i16x16,
+    load_i16x32,
+    load_i32,
+    load_i32x16,
+    load_i64,
+    load_u8,
+    load_u8x16,
+    load_u8x32,
+    load_u8x64,
+    load_u16x16,
+    load_u32,
+    max_f32x16,
+    max_lanes_f32x16,
+    round_f32x16,
+    splat_f32x8,
+    splat_f32x16,
+    splat_i32x16,
+    splat_u8x32,
+    splat_u8x64,
+    store_f32,
+    store_f32x16,
+    store_i8x16,
+    store_i16,
+    store_i16x16,
+    store_i32,
+    store_i32x16,
+    store_i64,
+    store_u8x64,
+    where_between,
+    where_less,
+    zero_i32x8,
+)
+from llmq.simd.calls import call, pause, record_at, stack
+from llmq.simd.dot import dot_i16x16, dot_u7s8, dot_u8s8
+from llmq.simd.exp import exp_f32x16
+from llmq.simd.half import load_f16, load_f16x16, store_f16, store_f16x16
+from llmq.simd.tile import (
+    tile_dot16_u7,
+    tile_dot32_u7,
+    tile_dot32_u8,
+    tile_dot_pair,
+    tile_f32,
+    tile_fma,
+    tile_fma_scaled,
+    tile_i32,
+    tile_load,
+    tile_mul_add,
+    tile_scale,
+    tile_store,
+)
+from llmq.simd.unpack import (
+    bits_u8x32,
+    join_u8x32,
+    nibbles_u8x32,
+    nibbles_u8x64,
+    pair_f32x16,
+    shifted_bits,
+    spread,
+    transpose_f32,
+    transpose_i32,
+    twice_i8x16,
+)
+from llmq.simd.vector import ADDRESS, F16, F32, I64, ISA, TILE, f32x16, i8x16, i16x16, ll, pointer, splat, u8x64

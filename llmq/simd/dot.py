@@ -1,0 +1,99 @@
+"""Integer dot products by instruction set."""
+
+from typing import Any
+
+from llvmlite import ir
+
+from llmq.simd.vector import (
+    I16,
+    I32,
+    ISA,
+    call_intrinsic,
+    concat,
+    const,
+    i8x64,
+    i16x16,
+    i32x8,
+    i32x16,
+    ll,
+    op,
+    shuffle,
+    slices,
+    u8x64,
+)
+
+
+def _dot_wide(b: Any, acc: Any, u: Any, s: Any) -> Any:
+    """The portable form: every product in 32 bits, then four neighbours added."""
+    wide = ir.VectorType(I32, 64)
+    products = b.mul(b.zext(u, wide), b.sext(s, wide))
+    for k in range(4):
+        acc = b.add(acc, shuffle(b, products, products, range(k, 64, 4)))
+    return acc
+
+
+def _dot_avx2(b: Any, acc: Any, u: Any, s: Any, doubled: bool = False) -> Any:
+    half16, half32 = ir.VectorType(I16, 16), ir.VectorType(I32, 8)
+    weight = const(half16, [2 if doubled else 1] * 16)
+    out = []
+    for part, (uu, ss) in enumerate(zip(slices(b, u, 2), slices(b, s, 2), strict=True)):
+        pairs = call_intrinsic(b, "llvm.x86.avx2.pmadd.ub.sw", half16, uu, ss)
+        quads = call_intrinsic(b, "llvm.x86.avx2.pmadd.wd", half32, pairs, weight)
+        out.append(b.add(slices(b, acc, 2)[part], quads))
+    return concat(b, out)
+
+
+def _dot_vnni(b: Any, acc: Any, u: Any, s: Any) -> Any:
+    parts = 1 if ISA == "avx512vnni" else 2
+    name = "llvm.x86.avx512.vpdpbusd.512" if parts == 1 else "llvm.x86.avx512.vpdpbusd.256"
+    i32 = ir.VectorType(I32, 16 // parts)
+    pieces = zip(*(slices(b, b.bitcast(v, ll(i32x16)), parts) for v in (acc, u, s)), strict=True)
+    return concat(b, [call_intrinsic(b, name, i32, *piece) for piece in pieces])
+
+
+def _dot_neon(b: Any, acc: Any, u: Any, s: Any) -> Any:
+    i32 = ir.VectorType(I32, 4)
+    pieces = zip(slices(b, acc, 4), slices(b, u, 4), slices(b, s, 4), strict=True)
+    return concat(b, [call_intrinsic(b, "llvm.aarch64.neon.sdot.v4i32.v16i8", i32, *piece) for piece in pieces])
+
+
+def dot_small(b: Any, acc: Any, u: Any, s: Any) -> Any:
+    build = {"avx512vnni": _dot_vnni, "avxvnni": _dot_vnni, "avx2": _dot_avx2, "neon": _dot_neon}.get(ISA, _dot_wide)
+    return build(b, acc, u, s)
+
+
+def dot_full(b: Any, acc: Any, u: Any, s: Any) -> Any:
+    one = const(ll(u8x64), [1] * 64)
+    if ISA == "avx2":
+        # 255 * 127 * 2 overflows 16 bits: u = 2 * (u >> 1) + (u & 1)
+        return _dot_avx2(b, _dot_avx2(b, acc, b.lshr(u, one), s, doubled=True), b.and_(u, one), s)
+    if ISA == "neon":
+        # sdot is signed on both sides: u = (u - 128) + 2 * 64
+        low = _dot_neon(b, acc, b.xor(u, const(ll(u8x64), [128] * 64)), s)
+        offset = const(ll(u8x64), [64] * 64)
+        return _dot_neon(b, _dot_neon(b, low, offset, s), offset, s)
+    return dot_small(b, acc, u, s)
+
+
+# acc[i] += u[4i]*s[4i] + ... + u[4i+3]*s[4i+3]; u below 128, or any byte
+dot_u7s8 = op(dot_small, i32x16, i32x16, u8x64, i8x64)
+dot_u8s8 = op(dot_full, i32x16, i32x16, u8x64, i8x64)
+
+
+def dot_i16(b: Any, acc: Any, x: Any, y: Any) -> Any:
+    """acc[i] += x[2i]*y[2i] + x[2i+1]*y[2i+1]."""
+    n = x.type.count
+    i32 = ir.VectorType(I32, n // 2)
+    if ISA == "avx512vnni" and n == 32:
+        return call_intrinsic(b, "llvm.x86.avx512.vpdpwssd.512", i32, acc, b.bitcast(x, i32), b.bitcast(y, i32))
+    if ISA in ("avx512vnni", "avxvnni", "avx2"):
+        parts = n // 16
+        pieces = zip(slices(b, x, parts), slices(b, y, parts), strict=True)
+        half = ir.VectorType(I32, 8)
+        return b.add(acc, concat(b, [call_intrinsic(b, "llvm.x86.avx2.pmadd.wd", half, *piece) for piece in pieces]))
+    products = b.mul(b.sext(x, ir.VectorType(I32, n)), b.sext(y, ir.VectorType(I32, n)))
+    even, odd = (shuffle(b, products, products, range(k, n, 2)) for k in (0, 1))
+    return b.add(acc, b.add(even, odd))
+
+
+dot_i16x16 = op(dot_i16, i32x8, i32x8, i16x16, i16x16)

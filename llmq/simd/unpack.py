@@ -1,0 +1,100 @@
+"""Packed bits to lanes, and lanes turned round: what block formats need."""
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+
+from llmq.simd.vector import I8, const, f32x16, i8x16, i16x32, i32x16, ll, op, shuffle, splat, u8x16, u8x32, u8x64
+
+
+def _nibbles(b: Any, x: Any) -> Any:
+    twice = b.bitcast(shuffle(b, x, x, [*range(32), *range(32)]), ll(i16x32))
+    shifted = b.bitcast(b.lshr(twice, const(ll(i16x32), [0] * 16 + [4] * 16)), ll(u8x64))
+    return b.and_(shifted, const(ll(u8x64), [15] * 64))
+
+
+def _join(b: Any, low: Any, high: Any) -> Any:
+    return shuffle(b, low, high, range(2 * low.type.count))
+
+
+# 32 bytes to 64 lanes: the low nibbles, then the high ones
+nibbles_u8x64 = op(_nibbles, u8x64, u8x32)
+join_u8x32 = op(_join, u8x64, u8x32, u8x32)
+
+
+def _nibbles16(b: Any, x: Any) -> Any:
+    low = b.and_(x, const(ll(u8x16), [15] * 16))
+    return _join(b, low, b.lshr(x, const(ll(u8x16), [4] * 16)))
+
+
+# 16 bytes to 32 lanes: the low nibbles, then the high ones
+nibbles_u8x32 = op(_nibbles16, u8x32, u8x16)
+
+
+def _shifted_bits(b: Any, x: Any, shift_low: Any, shift_high: Any, mask: Any, up: Any) -> Any:
+    """32 bytes to 64 lanes: (x >> shift_low) & mask, then (x >> shift_high) & mask, each << up."""
+    pieces = [b.and_(b.lshr(x, splat(b, s, 32)), splat(b, mask, 32)) for s in (shift_low, shift_high)]
+    return b.shl(_join(b, *pieces), splat(b, up, 64))
+
+
+shifted_bits = op(_shifted_bits, u8x64, u8x32, *[types.uint8] * 4)
+
+
+def _bits32(b: Any, word: Any) -> Any:
+    """32 bits to 32 lanes of 0 or 1, lane i from bit i."""
+    bits = b.bitcast(word, ir.VectorType(ir.IntType(1), 32))
+    return b.zext(bits, ll(u8x32))
+
+
+bits_u8x32 = op(_bits32, u8x32, types.uint32)
+
+
+def _spread(b: Any, scales: Any, j: Any) -> Any:
+    """Lanes 4i to 4i+3 of part `j` (0..3) take scale 4j + i: one i32 lane holds the dot product of 4 weights."""
+    parts = [shuffle(b, scales, scales, [4 * part + lane // 4 for lane in range(16)]) for part in range(4)]
+    picked = parts[3]
+    for part in (2, 1, 0):
+        picked = b.select(b.icmp_signed("==", j, ir.Constant(j.type, part)), parts[part], picked)
+    return b.sext(picked, ll(i32x16))
+
+
+# i8x16 scales of 16 weights each, and which 64 weights (a literal, so that the choice folds away)
+spread = op(_spread, i32x16, i8x16, types.int64)
+
+
+def _twice(b: Any, word: Any) -> Any:
+    bytes_ = b.bitcast(word, ir.VectorType(I8, 8))
+    return shuffle(b, bytes_, bytes_, [i // 2 for i in range(16)])
+
+
+# 8 bytes to 16 lanes, each byte two times
+twice_i8x16 = op(_twice, i8x16, types.uint64)
+
+
+def _pair(b: Any, low: Any, high: Any) -> Any:
+    return shuffle(b, splat(b, low, 8), splat(b, high, 8), range(16))
+
+
+# lanes 0..7 the first scalar, 8..15 the second
+pair_f32x16 = op(_pair, f32x16, types.float32, types.float32)
+
+
+def _transpose(b: Any, rows: Any) -> Any:
+    """Sixteen rows of 16 lanes to sixteen columns: four rounds of swapping halves, quarters, pairs and lanes."""
+    v = [b.extract_value(rows, i) for i in range(16)]
+    for step in (8, 4, 2, 1):
+        for i in range(16):
+            if i & step:
+                continue
+            x, y = v[i], v[i + step]
+            low = [lane if not lane & step else 16 + lane - step for lane in range(16)]
+            high = [lane + step if not lane & step else 16 + lane for lane in range(16)]
+            v[i], v[i + step] = shuffle(b, x, y, low), shuffle(b, x, y, high)
+    for i, column in enumerate(v):
+        rows = b.insert_value(rows, column, i)
+    return rows
+
+
+transpose_i32 = op(_transpose, types.UniTuple(i32x16, 16), types.UniTuple(i32x16, 16))
+transpose_f32 = op(_transpose, types.UniTuple(f32x16, 16), types.UniTuple(f32x16, 16))
