@@ -1,0 +1,96 @@
+"""The options that chat and run share, and what becomes of them."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cli.screen import status
+from llmq.store import BUNDLED, installed
+
+if TYPE_CHECKING:
+    from llmq.model import Model
+    from llmq.sampler import Sampling
+
+MAX_TOKENS = 1024
+
+
+def complete_model(incomplete: str) -> list[str]:
+    return [entry.name for entry in installed() if entry.name.startswith(incomplete)]
+
+
+MODEL_HELP = f"Name of an installed model, or path of a .gguf file.  [default: {BUNDLED}]"
+ModelName = Annotated[str, typer.Argument(help=MODEL_HELP, show_default=False, autocompletion=complete_model)]
+ModelOption = Annotated[
+    str, typer.Option("--model", "-m", help=MODEL_HELP, show_default=False, autocompletion=complete_model)
+]
+System = Annotated[str, typer.Option("--system", "-s", help="System prompt: how the model should behave.")]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", min=1, help="Most tokens in one reply.")]
+Stop = Annotated[list[str] | None, typer.Option("--stop", help="End the reply before this text; may be repeated.")]
+Temperature = Annotated[
+    float | None, typer.Option("--temp", help="0 always takes the likeliest token; higher is freer.  [default: 0.7]")
+]
+TopK = Annotated[int | None, typer.Option("--top-k", help="Sample from the k likeliest tokens; 0 is off.")]
+TopP = Annotated[
+    float | None, typer.Option("--top-p", help="Sample from the likeliest tokens of this total.  [default: 0.95]")
+]
+MinP = Annotated[float | None, typer.Option("--min-p", help="Drop tokens below this share of the likeliest; 0 is off.")]
+RepeatPenalty = Annotated[
+    float | None, typer.Option("--repeat-penalty", help="Above 1 makes recent tokens less likely; 1 is off.")
+]
+Seed = Annotated[int | None, typer.Option("--seed", help="Same seed, same reply.")]
+Context = Annotated[
+    int | None, typer.Option("--ctx", min=1, help="Tokens of conversation to hold.  [default: the model's]")
+]
+Window = Annotated[
+    int | None,
+    typer.Option("--window", min=0, help="Attend to the last tokens only; 0 is off.  [default: the model's]"),
+]
+Threads = Annotated[int | None, typer.Option("--threads", "-t", min=1, help="Threads.  [default: one per core]")]
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """What a model is loaded with; None leaves it to the model."""
+
+    n_ctx: int | None
+    window: int | None
+    threads: int | None
+
+
+def sampling(
+    temperature: float | None,
+    top_k: int | None,
+    top_p: float | None,
+    min_p: float | None,
+    repetition_penalty: float | None,
+    seed: int | None,
+) -> "Sampling":
+    """The sampler's own defaults, but for what was given. UsageError for a value out of range."""
+    from llmq.sampler import Sampling
+
+    given: dict[str, Any] = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+    }
+    return dataclasses.replace(Sampling(), **{name: value for name, value in given.items() if value is not None})
+
+
+def open_model(name: str, engine: Engine) -> "Model":
+    """Loads the model; kernels that must be compiled first are named on stderr."""
+    from llmq.model import load
+
+    def compiling(kernel: str) -> None:
+        status.show("compiling for this processor, once", kernel)
+
+    return load(name, n_ctx=engine.n_ctx, window=engine.window, threads=engine.threads, on_event=compiling)
+
+
+def utf8(text: str) -> str:
+    """Text from the command line, where bytes that are not UTF-8 hide as lone surrogates, with those replaced."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

@@ -1,0 +1,82 @@
+"""llmq quantize: a checkpoint or a GGUF file in, a smaller GGUF file out."""
+
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cli.screen import is_terminal, note, one_line, size
+from llmq.errors import UsageError
+from llmq.store import make_private, model_path, models_dir
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from quant.quantize import TensorReport
+
+Source = Annotated[Path, typer.Argument(help="A Hugging Face checkpoint folder, or a .gguf file.", show_default=False)]
+Out = Annotated[
+    Path | None,
+    typer.Option("--out", "-o", help="File to write.  [default: <source>-<type> in the store]", show_default=False),
+]
+Type = Annotated[
+    str, typer.Option("--type", "-q", help="q4_k_m, q4_k_s, q5_k_m, q6_k, q8_0, f16, bf16 or f32.", metavar="TYPE")
+]
+
+
+def quantize(source: Source, out: Out = None, preset: Type = "q4_k_m") -> None:
+    """Make a GGUF file of a checkpoint, or a smaller one of a GGUF file."""
+    from quant.quantize import quantize as quantize_tensors
+    from quant.recipe import PRESETS
+
+    preset = preset.lower()
+    if preset not in PRESETS:
+        raise UsageError(f"there is no type {preset[:40]!a}; there are {', '.join(PRESETS)}")
+    if out is None:
+        out = default_out(source, preset)
+    show_reports(quantize_tensors(source, out, preset), f"{one_line(source.name, 40)} to {preset}")
+    name = out.stem if out.parent == models_dir() else str(out)
+    note(f"{size(out.stat().st_size)} written; talk to it: llmq chat {one_line(name)}")
+    sys.stdout.write(f"{one_line(str(out), 4096)}\n")
+
+
+def default_out(source: Path, preset: str) -> Path:
+    """<source>-<type> in the store; a GGUF's name loses the type at its end, so that none is piled on another."""
+    stem = source.absolute().name if source.is_dir() else source.stem
+    stem = re.sub(r"[-.](f16|bf16|f32|fp16|fp32)$", "", stem, flags=re.IGNORECASE)
+    path = model_path(f"{stem}-{preset}")
+    make_private(path.parent)
+    return path
+
+
+def show_reports(reports: "Iterator[TensorReport]", title: str) -> None:
+    """A progress bar on a terminal; elsewhere, one line per tensor."""
+    if not is_terminal(sys.stderr):
+        for report in reports:
+            note(describe(report))
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    # The tensor's name comes from a file: markup stays off for it.
+    columns = (
+        TextColumn("{task.fields[title]}", markup=False),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}", markup=False),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=None, title=title)
+        for report in reports:
+            progress.update(task, completed=report.index + 1, total=report.total, description=describe(report))
+
+
+def describe(report: "TensorReport") -> str:
+    return (
+        f"{one_line(report.name, 64)} {'x'.join(map(str, report.shape))} {one_line(report.source, 10)} -> "
+        f"{report.format.name}, {size(report.n_bytes)}, error {report.rms_error:.2%}"
+    )
