@@ -105,7 +105,5 @@ def _no_weights(folder: Path) -> Exception:
             "get the safetensors files of this model"
         )
     if any(name.startswith("consolidated") for name in names):
-        return UnsupportedError(
-            f"{quoted(folder.name)} has only consolidated weights; llmq needs Hugging Face ones: get {SINGLE} or {INDEX}"
-        )
+        return UnsupportedError(f"{quoted(folder.name)} has only consolidated weights; llmq reads {SINGLE} or {INDEX}")
     return UsageError(f"{quoted(folder.name)} has neither {SINGLE} nor {INDEX}; give the folder of a checkpoint")

@@ -17,11 +17,12 @@ from llmq.simd import (
     max_f32x16,
     max_lanes_f32x16,
     splat_i32x16,
+    store_f16,
     store_i8x16,
     store_i16,
     where_less,
 )
-from quant.lanes import clamp, encoder, splat, store_half, strict
+from quant.lanes import clamp, encoder, splat, strict
 
 # The least magnitude whose inverse is a finite float32.
 INVERTIBLE = np.float32(2.0**-127)
@@ -50,7 +51,7 @@ def encode_q8_0(out, x, n):  # type: ignore[no-untyped-def]
         low, high = load_f32x16(at), load_f32x16(at + 64)
         d = max_lanes_f32x16(max_f32x16(abs_f32x16(low), abs_f32x16(high))) / np.float32(127)
         scale = splat(inverse(d))
-        store_half(to, d)
+        store_f16(to, d)
         store_i8x16(to + 2, i8_of_i32x16(i32_of_f32x16(round_away(low * scale))))
         store_i8x16(to + 18, i8_of_i32x16(i32_of_f32x16(round_away(high * scale))))
 
@@ -105,7 +106,7 @@ def encode_q4_0(out, x, n):  # type: ignore[no-untyped-def]
         to, at = out + 18 * block, x + 128 * block
         d = farthest(at) / np.float32(-8)
         scale, offset, top = inverse(d), np.float32(8.5), np.float32(15)
-        store_half(to, d)
+        store_f16(to, d)
         start = np.float32(0)
         store_nibbles(to + 2, levels(at, start, scale, offset, top), levels(at + 64, start, scale, offset, top))
 
@@ -119,7 +120,7 @@ def encode_q5_0(out, x, n):  # type: ignore[no-untyped-def]
         scale, offset, top = inverse(d), np.float32(16.5), np.float32(31)
         start = np.float32(0)
         low, high = levels(at, start, scale, offset, top), levels(at + 64, start, scale, offset, top)
-        store_half(to, d)
+        store_f16(to, d)
         store_fifth_bits(to + 2, low, high)
         store_nibbles(to + 6, low, high)
 
@@ -132,8 +133,8 @@ def encode_q4_1(out, x, n):  # type: ignore[no-untyped-def]
         least, most = bounds(at)
         d = (most - least) / np.float32(15)
         scale, half, top = inverse(d), np.float32(0.5), np.float32(15)
-        store_half(to, d)
-        store_half(to + 2, least)
+        store_f16(to, d)
+        store_f16(to + 2, least)
         store_nibbles(to + 4, levels(at, least, scale, half, top), levels(at + 64, least, scale, half, top))
 
 
@@ -146,7 +147,7 @@ def encode_q5_1(out, x, n):  # type: ignore[no-untyped-def]
         d = (most - least) / np.float32(31)
         scale, half, top = inverse(d), np.float32(0.5), np.float32(31)
         low, high = levels(at, least, scale, half, top), levels(at + 64, least, scale, half, top)
-        store_half(to, d)
-        store_half(to + 2, least)
+        store_f16(to, d)
+        store_f16(to + 2, least)
         store_fifth_bits(to + 4, low, high)
         store_nibbles(to + 8, low, high)

@@ -21,6 +21,7 @@ from llmq.simd import (
     round_f32x16,
     splat_i32x16,
     stack,
+    store_f16,
     store_f32x16,
     store_i8x16,
     store_i32,
@@ -36,7 +37,6 @@ from quant.lanes import (
     root,
     smaller,
     splat,
-    store_half,
     strict,
     transpose,
 )
@@ -201,8 +201,8 @@ def pack_pair(first, second, levels, scales, minima, units, lows, fifth):  # typ
     """Write two blocks of Q4_K, or of Q5_K where `fifth`."""
     for k in range(2):
         out = second if k else first
-        store_half(out, load_f32(units + 32 * k))
-        store_half(out + 2, load_f32(lows + 32 * k))
+        store_f16(out, load_f32(units + 32 * k))
+        store_f16(out + 2, load_f32(lows + 32 * k))
         pack_six_bits(out + 4, scales + 32 * k, minima + 32 * k)
         if fifth:
             pack_fifth_bits(out + 16, levels + 1024 * k)

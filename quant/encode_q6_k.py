@@ -11,11 +11,12 @@ from llmq.simd import (
     round_f32x16,
     splat_i32x16,
     stack,
+    store_f16,
     store_f32x16,
     store_i8x16,
     where_less,
 )
-from quant.lanes import as_half, clamp, divide_or_zero, encoder, splat, store_half, strict, transpose
+from quant.lanes import as_half, clamp, divide_or_zero, encoder, splat, strict, transpose
 
 # A scale below this counts as zero.
 NEGLIGIBLE = np.float32(1e-15)
@@ -113,7 +114,7 @@ def encode_block(out, source):  # type: ignore[no-untyped-def]
     store_i8x16(out + 192, i8_of_i32x16(i32_of_f32x16(counts)))
     space = stack(64)
     store_f32x16(space, unit)
-    store_half(out + 208, load_f32(space))
+    store_f16(out + 208, load_f32(space))
 
 
 @encoder

@@ -13,22 +13,19 @@ from numba.core.ccallback import CFunc
 
 from llmq.jit import Kernel
 from llmq.simd import (
-    _call,
-    _op,
     f32x16,
     ll,
     load_f16x16,
-    load_i16,
     splat_f32x16,
     stack,
     store_f16x16,
-    store_i16,
     tile_f32,
     tile_load,
     tile_store,
     transpose_f32,
     where_less,
 )
+from llmq.simd.vector import call_intrinsic, op
 
 EXACT: dict[str, Any] = {"error_model": "numpy"}
 INLINE: dict[str, Any] = {"forceinline": True, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
@@ -50,7 +47,7 @@ def encoder(function: Callable[..., Any]) -> StrictKernel:
     return StrictKernel(function, types.void(types.int64, types.int64, types.int64), function.__name__)
 
 
-root = _op(lambda b, x: _call(b, "llvm.sqrt.v16f32", ll(f32x16), x), f32x16, f32x16)
+root = op(lambda b, x: call_intrinsic(b, "llvm.sqrt.v16f32", ll(f32x16), x), f32x16, f32x16)
 
 
 @strict
@@ -94,11 +91,3 @@ def as_half(x):  # type: ignore[no-untyped-def]
     space = stack(32)
     store_f16x16(space, x)
     return load_f16x16(space)
-
-
-@strict
-def store_half(out, x):  # type: ignore[no-untyped-def]
-    """Write one float as a half at address `out`."""
-    space = stack(32)
-    store_f16x16(space, splat_f32x16(x))
-    store_i16(out, load_i16(space))

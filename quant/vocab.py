@@ -3,6 +3,7 @@
 Token types, padding and the score of added tokens: llama.cpp's converter.
 """
 
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,17 @@ from llmq.errors import FileFormatError, UnsupportedError
 from llmq.gguf import quoted
 from quant.checkpoint import Checkpoint
 from quant.files import damaged, locate, read_file
+from quant.protobuf import fields
 
 MODEL = "tokenizer.model"
 MODEL_LIMIT = 64 << 20
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+TYPES = (NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE)
+# Fields of sentencepiece_model.proto: of a piece, of trainer_spec, of normalizer_spec.
+TEXT, SCORE, TYPE = 1, 2, 3
+MODEL_TYPE, BPE = 3, 2
+ALGORITHMS = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}
+ADD_DUMMY_PREFIX = 3
 ADDED_SCORE, PADDING_SCORE = -1000.0, -10000.0
 
 
@@ -40,8 +48,7 @@ def vocab_metadata(checkpoint: Checkpoint, vocab_size: int) -> tuple[dict[str, A
             f"{quoted(checkpoint.folder.name)} has no {MODEL}; llmq quantizes models with a SentencePiece vocabulary"
         )
     path = locate(checkpoint.folder, MODEL)
-    processor = _load(path)
-    vocab = _pieces(processor, vocab_size)
+    vocab, special_keys = _read(path, vocab_size)
     for token_id, text, special in _added(checkpoint, vocab_size):
         # What the model itself calls control, unknown or byte stays so.
         if vocab.types[token_id] in (NORMAL, USER_DEFINED, UNUSED):
@@ -55,44 +62,58 @@ def vocab_metadata(checkpoint: Checkpoint, vocab_size: int) -> tuple[dict[str, A
         "tokenizer.ggml.scores": np.array(vocab.scores, np.float32),
         "tokenizer.ggml.token_type": np.array(vocab.types, np.int32),
     }
-    return keys | _special_ids(processor) | _behaviour(checkpoint.tokenizer_config), path
+    return keys | special_keys | _behaviour(checkpoint.tokenizer_config), path
 
 
-def _load(path: Path) -> sentencepiece.SentencePieceProcessor:
-    data = read_file(path, MODEL_LIMIT)
+def _read(path: Path, vocab_size: int) -> tuple[Vocab, dict[str, Any]]:
+    proto = read_file(path, MODEL_LIMIT)
     processor = sentencepiece.SentencePieceProcessor()
     try:
-        processor.LoadFromSerializedProto(data)
-    except RuntimeError as error:
-        raise damaged(MODEL, "SentencePiece cannot read it") from error
-    return processor
+        processor.LoadFromSerializedProto(proto)
+        parts = _parts(proto)
+        trainer, normalizer = (dict(fields(b"".join(parts[number]))) for number in (2, 3))
+        vocab = _pieces(parts[1], vocab_size)
+    # sentencepiece raises RuntimeError; struct.error is a score that is not 4 bytes.
+    except (RuntimeError, ValueError, struct.error) as error:
+        raise damaged(MODEL, "it is not a SentencePiece model") from error
+    algorithm = trainer.get(MODEL_TYPE, 1)
+    if algorithm != BPE:
+        name = ALGORITHMS.get(int(algorithm), "an unknown algorithm")
+        raise UnsupportedError(f"{MODEL} is a SentencePiece model of kind {name}; llmq reads bpe")
+    keys: dict[str, Any] = {}
+    if normalizer.get(ADD_DUMMY_PREFIX, 1) == 0:
+        keys["tokenizer.ggml.add_space_prefix"] = False
+    return vocab, _special_ids(processor) | keys
 
 
-def _pieces(processor: sentencepiece.SentencePieceProcessor, vocab_size: int) -> Vocab:
-    n_pieces = processor.vocab_size()
-    if not 0 < n_pieces <= vocab_size:
+def _parts(proto: bytes) -> dict[int, list[bytes]]:
+    """The sub-messages of a ModelProto: 1 pieces, 2 trainer_spec, 3 normalizer_spec."""
+    parts: dict[int, list[bytes]] = {1: [], 2: [b""], 3: [b""]}
+    for number, value in fields(proto):
+        if number in parts and isinstance(value, bytes):
+            parts[number].append(value)
+    return parts
+
+
+def _pieces(pieces: list[bytes], vocab_size: int) -> Vocab:
+    """Text, score and type as the model's own file has them; Python's SentencePiece does not tell user-defined ones."""
+    if not 0 < len(pieces) <= vocab_size:
         raise FileFormatError(
-            f"{MODEL} has {n_pieces} pieces and config.json has room for {vocab_size}; get matching files"
+            f"{MODEL} has {len(pieces)} pieces and config.json has room for {vocab_size}; get matching files"
         )
-    try:
-        tokens = [processor.id_to_piece(i).encode() for i in range(n_pieces)]
-    except UnicodeDecodeError as error:
-        raise damaged(MODEL, "a piece is not UTF-8") from error
-    tokens += [f"[PAD{i}]".encode() for i in range(n_pieces, vocab_size)]
-    scores = [processor.get_score(i) for i in range(n_pieces)]
-    types = [_type(processor, i) for i in range(n_pieces)]
-    missing = vocab_size - n_pieces
-    return Vocab(tokens, scores + [PADDING_SCORE] * missing, types + [UNUSED] * missing)
-
-
-def _type(processor: sentencepiece.SentencePieceProcessor, token_id: int) -> int:
-    if processor.is_unknown(token_id):
-        return UNKNOWN
-    if processor.is_control(token_id):
-        return CONTROL
-    if processor.is_unused(token_id):
-        return UNUSED
-    return BYTE if processor.is_byte(token_id) else NORMAL
+    vocab = Vocab([], [], [])
+    for piece in pieces:
+        found = {TEXT: b"", SCORE: bytes(4), TYPE: NORMAL} | dict(fields(piece))
+        text, score, kind = found[TEXT], found[SCORE], found[TYPE]
+        if not isinstance(text, bytes) or not text or not isinstance(score, bytes) or kind not in TYPES:
+            raise ValueError("a piece without text or with an unknown type")
+        text.decode()
+        vocab.tokens.append(text)
+        vocab.scores.append(struct.unpack("<f", score)[0])
+        vocab.types.append(int(kind))
+    missing = range(len(pieces), vocab_size)
+    tokens = vocab.tokens + [f"[PAD{i}]".encode() for i in missing]
+    return Vocab(tokens, vocab.scores + [PADDING_SCORE] * len(missing), vocab.types + [UNUSED] * len(missing))
 
 
 def _added(checkpoint: Checkpoint, vocab_size: int) -> list[tuple[int, str, bool]]:
