@@ -124,7 +124,7 @@ splat_u8x64, splat_u8x32, splat_u8x16 = (
 )
 splat_i32x16 = op(lambda b, x: splat(b, x, 16), i32x16, types.int32)
 splat_f32x16 = op(lambda b, x: splat(b, x, 16), f32x16, types.float32)
-zero_i32x8 = op(lambda _b: ir.Constant(ll(i32x8), ""), i32x8)
+zero_i32x8 = op(lambda _b: ir.Constant(ll(i32x8), None), i32x8)
 splat_f32x8 = op(lambda b, x: splat(b, x, 8), f32x8, types.float32)
 
 f32_of_i32x16 = op(lambda b, x: b.sitofp(x, ll(f32x16)), f32x16, i32x16)
