@@ -73,7 +73,9 @@ def bounds(at):  # type: ignore[no-untyped-def]
     low, high = load_f32x16(at), load_f32x16(at + 64)
     zero = splat(0)
     largest = max_lanes_f32x16(max_f32x16(low, high))
-    return -max_lanes_f32x16(max_f32x16(zero - low, zero - high)), largest
+    # 0 - 0 is 0, where a sign change would store -0.
+    least = np.float32(0) - max_lanes_f32x16(max_f32x16(zero - low, zero - high))
+    return least, largest
 
 
 @strict

@@ -29,10 +29,10 @@ from llmq.simd import (
     where_less,
 )
 from quant.lanes import (
-    as_half,
     clamp,
     divide_or_zero,
     encoder,
+    half_unit,
     larger,
     root,
     smaller,
@@ -68,6 +68,15 @@ def limits(x):  # type: ignore[no-untyped-def]
         value = load_f32x16(x + i)
         low, high = smaller(low, value), larger(high, value)
     return low, high
+
+
+@strict
+def mean(x):  # type: ignore[no-untyped-def]
+    """Mean of 32 weights per lane."""
+    total = splat(0)
+    for i in range(0, 2048, 64):
+        total = total + load_f32x16(x + i)
+    return total * splat(1 / 32)
 
 
 @strict
@@ -147,7 +156,7 @@ def six_bits(steps, unit, values):  # type: ignore[no-untyped-def]
     space = stack(64)
     store_f32x16(space, values)
     largest = pair_f32x16(largest_of_8(space), largest_of_8(space + 32))
-    units = as_half(largest / splat(63))
+    units = half_unit(largest, 63)
     counts = clamp(round_f32x16(divide_or_zero(values, units)), np.float32(0), np.float32(63))
     store_f32x16(unit, units)
     store_i32x16(steps, i32_of_f32x16(counts))
@@ -218,6 +227,8 @@ def encode_pair(first, second, source, top, start, step, tries, fifth):  # type:
     transpose(x + 1024, 64, source + 64, 128)
     scale, low = search(x, top, start, step, tries)
     scale = six_bits(scales, units, scale)
+    # Where the scale is lost, the minimum alone has to stand for the sub-block.
+    low = where_less(splat(0), scale, low, smaller(mean(x), splat(0)))
     minimum = six_bits(minima, lows, splat(0) - low)
     # A zero scale has one level; dividing by infinity gives level 0 whatever the weight.
     scale = where_less(splat(0), scale, scale, splat(np.inf))

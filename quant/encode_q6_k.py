@@ -16,7 +16,7 @@ from llmq.simd import (
     store_i8x16,
     where_less,
 )
-from quant.lanes import as_half, clamp, divide_or_zero, encoder, splat, strict, transpose
+from quant.lanes import clamp, divide_or_zero, encoder, half_unit, splat, strict, transpose
 
 # A scale below this counts as zero.
 NEGLIGIBLE = np.float32(1e-15)
@@ -102,7 +102,9 @@ def encode_block(out, source):  # type: ignore[no-untyped-def]
     x, levels = stack(1024), stack(1024)
     transpose(x, 64, source, 64)
     scales = search(x)
-    unit = as_half(splat(farthest_of_16(scales)) / splat(-128))
+    farthest_scale = splat(farthest_of_16(scales))
+    unit = half_unit(abs_f32x16(farthest_scale), 128)
+    unit = where_less(splat(0), farthest_scale, splat(0) - unit, unit)
     counts = clamp(round_f32x16(divide_or_zero(scales, unit)), np.float32(-128), np.float32(127))
     scale = unit * counts
     scale = where_less(splat(0), abs_f32x16(scale), scale, splat(np.inf))

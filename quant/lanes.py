@@ -27,6 +27,7 @@ from llmq.simd import (
 )
 from llmq.simd.vector import call_intrinsic, op
 
+SMALLEST_HALF = 2.0**-24
 EXACT: dict[str, Any] = {"error_model": "numpy"}
 INLINE: dict[str, Any] = {"forceinline": True, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 
@@ -91,3 +92,13 @@ def as_half(x):  # type: ignore[no-untyped-def]
     space = stack(32)
     store_f16x16(space, x)
     return load_f16x16(space)
+
+
+@strict
+def half_unit(largest, count):  # type: ignore[no-untyped-def]
+    """Per lane the half float of which `count` reach `largest` (not negative).
+
+    Among subnormal halves the nearest can be far too small, or 0; then it is the next one.
+    """
+    unit = as_half(largest / splat(count))
+    return where_less(unit * splat(count + 0.5), largest, as_half(unit + splat(SMALLEST_HALF)), unit)
