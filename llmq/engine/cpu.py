@@ -11,7 +11,7 @@ from llmq.engine.job import COUNTERS_PER_LAYER, JOB
 from llmq.engine.plan import Plan, make_plan
 from llmq.gguf import GGUF
 from llmq.kernels.activation import GROUP_BYTES
-from llmq.kernels.attention import HEAD_DIM_LIMIT, SCRATCH_BYTES
+from llmq.kernels.attention import HEAD_DIM_LIMIT, SCRATCH_BYTES, attend1, attend4, attend8
 from llmq.kernels.panel import PANEL_BYTES
 from llmq.team import Team, aligned
 
@@ -36,6 +36,7 @@ class Engine:
         for name, value in (
             ("model", self.plan.model.ctypes.data), ("shared", self._team.shared),
             ("counters", self._counters.ctypes.data), ("n_threads", n_threads),
+            *((kernel.name, kernel.address) for kernel in (attend8, attend4, attend1)),
         ):  # fmt: skip
             self._job[name] = value
         self._make_room(1)

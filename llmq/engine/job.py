@@ -21,7 +21,7 @@ JOB = np.dtype(
             "n_rows", "tokens", "positions", "rings", "capacities", "n_outputs", "output_rows", "logits",
             "x", "normed", "act0", "act1", "act2", "q", "k", "v", "attended", "angles", "hidden",
             "chosen", "chosen_weights", "entries", "entry_weights", "starts", "active", "scratch", "scratch_bytes",
-            "tile_bytes", "attention_at", "panel_at",
+            "tile_bytes", "attention_at", "panel_at", "attend8", "attend4", "attend1",
         )
     ]
 )  # fmt: skip

@@ -2,10 +2,12 @@
 
 from llmq.engine.job import n_blocks, next_items, product, share, store_tile
 from llmq.jit import jit
-from llmq.kernels.attention import QUERIES, attend1, attend4, attend8, store_kv
+from llmq.kernels.attention import ATTEND_TYPES, QUERIES, store_kv
 from llmq.kernels.elementwise import rope
 from llmq.kernels.panel import ROWS
-from llmq.simd import load_f32, load_i64, stack, store_f32, store_i64
+from llmq.simd import call, load_f32, load_i64, stack, store_f32, store_i64
+
+call_attend = call(*ATTEND_TYPES)
 
 
 @jit
@@ -67,12 +69,8 @@ def attend_span(job, model, layer, head, row, until, scratch):
             store_i64(outs + 8 * i, job.attended + offset)
             store_i64(queries + 8 * i, job.q + offset)
             store_i64(at + 8 * i, load_i64(job.positions + 8 * r))
-        if size == 8:
-            attend8(outs, queries, at, keys, values, capacity, hd, model.window, scratch)
-        elif size == 4:
-            attend4(outs, queries, at, keys, values, capacity, hd, model.window, scratch)
-        else:
-            attend1(outs, queries, at, keys, values, capacity, hd, model.window, scratch)
+        attend = job.attend8 if size == 8 else (job.attend4 if size == 4 else job.attend1)
+        call_attend(attend, outs, queries, at, keys, values, capacity, hd, model.window, scratch)
         done += size
 
 

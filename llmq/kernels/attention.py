@@ -9,11 +9,10 @@ RoPE is in the keys when they are stored, so a slot never has to be turned again
 max(0, p - window + 1) .. p; whatever else lies in the ring is masked.
 """
 
-from typing import Any
-
 import numpy as np
+from numba import types
 
-from llmq.jit import jit
+from llmq.jit import Kernel, jit, kernel
 from llmq.simd import (
     add_lanes_f32x16,
     count16,
@@ -46,6 +45,9 @@ SCORES = 2 * QUERIES * HEAD_DIM_LIMIT * 4
 STATE = SCORES + QUERIES * SPAN * 4
 SCRATCH_BYTES = STATE + 3 * QUERIES * 4
 
+# outs, queries, q_positions, keys, values, capacity, head_dim, window, scratch
+ATTEND_TYPES = (types.int64,) * 9
+
 
 @jit
 def store_kv(keys, values, slot, k, v, head_dim):
@@ -57,8 +59,8 @@ def store_kv(keys, values, slot, k, v, head_dim):
         store_f16x16(values + (slot * head_dim + i) * 2, load_f32x16(v + 4 * i))
 
 
-def make_attend(n: int) -> Any:
-    """attend for `n` queries of one KV head (n * head vectors share the keys)."""
+def make_attend(n: int) -> Kernel:
+    """Kernel: attention of `n` queries of one KV head, which share every key and value that is loaded."""
 
     @jit
     def score(scratch, keys, capacity, head_dim, block, n_blocks):
@@ -109,7 +111,6 @@ def make_attend(n: int) -> Any:
                     acc = tile_fma(acc, load_f16x16(at + 2 * k * head_dim), p + 4 * k, 4 * SPAN)
             tile_store(sums + 4 * i, 4 * head_dim, acc)
 
-    @jit
     def attend(outs, queries, q_positions, keys, values, capacity, head_dim, window, scratch):
         """`outs`, `queries`: n addresses of [head_dim] floats; `q_positions`: n positions, ascending; all int64."""
         sums = scratch + SCORES // 2
@@ -134,7 +135,7 @@ def make_attend(n: int) -> Any:
             for i in range(0, head_dim, 16):
                 store_f32x16(out + 4 * i, load_f32x16(sums + 4 * (q * head_dim + i)) * total)
 
-    return attend
+    return kernel(*ATTEND_TYPES, name=f"attend{n}")(attend)
 
 
 attend8, attend4, attend1 = make_attend(8), make_attend(4), make_attend(1)
