@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cli.screen import status
+from cli.screen import show_compiling
 from llmq.store import BUNDLED, installed
 
 if TYPE_CHECKING:
@@ -85,10 +85,7 @@ def open_model(name: str, engine: Engine) -> "Model":
     """Loads the model; kernels that must be compiled first are named on stderr."""
     from llmq.model import load
 
-    def compiling(kernel: str) -> None:
-        status.show("compiling for this processor, once", kernel)
-
-    return load(name, n_ctx=engine.n_ctx, window=engine.window, threads=engine.threads, on_event=compiling)
+    return load(name, n_ctx=engine.n_ctx, window=engine.window, threads=engine.threads, on_event=show_compiling)
 
 
 def utf8(text: str) -> str:

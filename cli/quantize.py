@@ -1,18 +1,19 @@
 """llmq quantize: a checkpoint or a GGUF file in, a smaller GGUF file out."""
 
+import contextlib
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from cli.screen import is_terminal, note, one_line, size
+from cli.screen import is_terminal, note, one_line, show_compiling, size
 from llmq.errors import UsageError
 from llmq.store import make_private, model_path, models_dir
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator, Iterator
 
     from quant.quantize import TensorReport
 
@@ -28,6 +29,7 @@ Type = Annotated[
 
 def quantize(source: Source, out: Out = None, preset: Type = "q4_k_m") -> None:
     """Make a GGUF file of a checkpoint, or a smaller one of a GGUF file."""
+    from llmq.jit import compile_log
     from quant.quantize import quantize as quantize_tensors
     from quant.recipe import PRESETS
 
@@ -36,7 +38,9 @@ def quantize(source: Source, out: Out = None, preset: Type = "q4_k_m") -> None:
         raise UsageError(f"there is no type {preset[:40]!a}; there are {', '.join(PRESETS)}")
     if out is None:
         out = default_out(source, preset)
-    show_reports(quantize_tensors(source, out, preset), f"{one_line(source.name, 40)} to {preset}")
+    compile_log.listener = show_compiling
+    with contextlib.closing(cast("Generator[TensorReport]", quantize_tensors(source, out, preset))) as reports:
+        show_reports(reports, f"{one_line(source.name, 40)} to {preset}")
     name = out.stem if out.parent == models_dir() else str(out)
     note(f"{size(out.stat().st_size)} written; talk to it: llmq chat {one_line(name)}")
     sys.stdout.write(f"{one_line(str(out), 4096)}\n")

@@ -64,6 +64,11 @@ class Status:
 status = Status()
 
 
+def show_compiling(kernel: str) -> None:
+    """Told by the runtime before each kernel that it has to compile."""
+    status.show("compiling for this processor, once", kernel)
+
+
 def answer(text: str) -> None:
     """Model text, cleaned, to stdout at once."""
     status.clear()
