@@ -21,6 +21,7 @@ All = Annotated[bool, typer.Option("--all", "-a", help="Also name published mode
 Name = Annotated[
     str,
     typer.Argument(
+        metavar="NAME",
         help="Name of an installed model, as in llmq list.",
         show_default=False,
         autocompletion=options.complete_model,

@@ -21,33 +21,50 @@ def complete_model(incomplete: str) -> list[str]:
 
 
 MODEL_HELP = f"Name of an installed model, or path of a .gguf file.  [default: {BUNDLED}]"
-ModelName = Annotated[str, typer.Argument(help=MODEL_HELP, show_default=False, autocompletion=complete_model)]
+ModelName = Annotated[
+    str, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False, autocompletion=complete_model)
+]
 ModelOption = Annotated[
-    str, typer.Option("--model", "-m", help=MODEL_HELP, show_default=False, autocompletion=complete_model)
+    str,
+    typer.Option("--model", "-m", metavar="MODEL", help=MODEL_HELP, show_default=False, autocompletion=complete_model),
 ]
-System = Annotated[str, typer.Option("--system", "-s", help="System prompt: how the model should behave.")]
-MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", min=1, help="Most tokens in one reply.")]
-Stop = Annotated[list[str] | None, typer.Option("--stop", help="End the reply before this text; may be repeated.")]
+System = Annotated[
+    str, typer.Option("--system", "-s", metavar="TEXT", help="System prompt: how the model should behave.")
+]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", metavar="N", min=1, help="Most tokens in one reply.")]
+Stop = Annotated[
+    list[str] | None, typer.Option("--stop", metavar="TEXT", help="End the reply before this text; may be repeated.")
+]
 Temperature = Annotated[
-    float | None, typer.Option("--temp", help="0 always takes the likeliest token; higher is freer.  [default: 0.7]")
+    float | None,
+    typer.Option("--temp", metavar="X", help="0 always takes the likeliest token; higher is freer.  [default: 0.7]"),
 ]
-TopK = Annotated[int | None, typer.Option("--top-k", help="Sample from the k likeliest tokens; 0 is off.")]
+TopK = Annotated[int | None, typer.Option("--top-k", metavar="N", help="Sample from the k likeliest tokens; 0 is off.")]
 TopP = Annotated[
-    float | None, typer.Option("--top-p", help="Sample from the likeliest tokens of this total.  [default: 0.95]")
+    float | None,
+    typer.Option("--top-p", metavar="X", help="Sample from the likeliest tokens of this total.  [default: 0.95]"),
 ]
-MinP = Annotated[float | None, typer.Option("--min-p", help="Drop tokens below this share of the likeliest; 0 is off.")]
+MinP = Annotated[
+    float | None, typer.Option("--min-p", metavar="X", help="Drop tokens below this share of the likeliest; 0 is off.")
+]
 RepeatPenalty = Annotated[
-    float | None, typer.Option("--repeat-penalty", help="Above 1 makes recent tokens less likely; 1 is off.")
+    float | None,
+    typer.Option("--repeat-penalty", metavar="X", help="Above 1 makes recent tokens less likely; 1 is off."),
 ]
-Seed = Annotated[int | None, typer.Option("--seed", help="Same seed, same reply.")]
+Seed = Annotated[int | None, typer.Option("--seed", metavar="N", help="Same seed, same reply.")]
 Context = Annotated[
-    int | None, typer.Option("--ctx", min=1, help="Tokens of conversation to hold.  [default: the model's]")
+    int | None,
+    typer.Option("--ctx", metavar="N", min=1, help="Tokens of conversation to hold.  [default: the model's]"),
 ]
 Window = Annotated[
     int | None,
-    typer.Option("--window", min=0, help="Attend to the last tokens only; 0 is off.  [default: the model's]"),
+    typer.Option(
+        "--window", metavar="N", min=0, help="Attend to the last tokens only; 0 is off.  [default: the model's]"
+    ),
 ]
-Threads = Annotated[int | None, typer.Option("--threads", "-t", min=1, help="Threads.  [default: one per core]")]
+Threads = Annotated[
+    int | None, typer.Option("--threads", "-t", metavar="N", min=1, help="Threads.  [default: one per core]")
+]
 
 
 @dataclass(frozen=True, slots=True)

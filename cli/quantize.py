@@ -17,10 +17,19 @@ if TYPE_CHECKING:
 
     from quant.quantize import TensorReport
 
-Source = Annotated[Path, typer.Argument(help="A Hugging Face checkpoint folder, or a .gguf file.", show_default=False)]
+Source = Annotated[
+    Path,
+    typer.Argument(metavar="SOURCE", help="A Hugging Face checkpoint folder, or a .gguf file.", show_default=False),
+]
 Out = Annotated[
     Path | None,
-    typer.Option("--out", "-o", help="File to write.  [default: <source>-<type> in the store]", show_default=False),
+    typer.Option(
+        "--out",
+        "-o",
+        metavar="FILE",
+        help="File to write.  [default: <source>-<type> in the store]",
+        show_default=False,
+    ),
 ]
 Type = Annotated[
     str, typer.Option("--type", "-q", help="q4_k_m, q4_k_s, q5_k_m, q6_k, q8_0, f16, bf16 or f32.", metavar="TYPE")

@@ -16,7 +16,11 @@ STDIN_LIMIT = 16_000_000
 
 Prompt = Annotated[
     list[str] | None,
-    typer.Argument(help="What to say; - stands for the text on stdin, as does no prompt at all.", show_default=False),
+    typer.Argument(
+        metavar="PROMPT",
+        help="What to say; - stands for the text on stdin, as does no prompt at all.",
+        show_default=False,
+    ),
 ]
 Raw = Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat format.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout: text, stop_reason, model, stats.")]

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cli import screen
+from cli.commands import COMMANDS
 from cli.main import execute, os_error_line
 from llmq import __version__
 
@@ -165,7 +167,7 @@ def test_a_cut_answer_says_so(fake, capsys, reason, said) -> None:
         (["frob\x1b[31mnicate\n"], 2, "frob"),
         (["rm", "storyteller"], 2, "part of llmq"),
         (["rm", "../../etc/passwd"], 2, "not a model name"),
-        (["rm"], 2, "name"),
+        (["rm"], 2, "NAME"),
         (["show", "nobody"], 2, "no model"),
         (["run", "interrupt"], 130, ""),
         (["run", "crash"], 1, "bug in llmq"),
@@ -361,3 +363,25 @@ def test_os_errors_name_the_file_and_the_next_step() -> None:
 def test_sizes() -> None:
     shown = [screen.size(n) for n in (0, 999, 1000, 13_467_776, 4_368_000_000)]
     assert shown == ["0 B", "999 B", "1.0 kB", "13.5 MB", "4.4 GB"]
+
+
+def option_names(text: str) -> set[str]:
+    return set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", text))
+
+
+def test_the_manual_names_every_command_and_option(capsys) -> None:
+    manual = (ROOT / "docs" / "cli.md").read_text("utf-8")
+    commands = re.findall(r"^## llmq (\w+)", manual, re.MULTILINE)
+    assert commands == re.findall(r"^  (\w+)  ", llmq(capsys, "--help")[1].partition("Commands:")[2], re.MULTILINE)
+    helps = [llmq(capsys, command, "--help")[1] for command in commands]
+    assert option_names("\n".join([*helps, llmq(capsys, "--help")[1]])) == option_names(manual)
+    for name, command in COMMANDS.items():
+        assert f"| `{command.usage}` |" in manual, name
+
+
+def test_the_readme_uses_commands_that_exist(capsys) -> None:
+    readme = (ROOT / "README.md").read_text("utf-8")
+    used = re.findall(r"llmq (chat|run|quantize|list|show|rm)\b([^`\n]*)", readme)
+    assert {command for command, _ in used} == {"chat", "run", "quantize", "list", "show", "rm"}
+    for command, rest in used:
+        assert option_names(rest.partition('"')[0]) <= option_names(llmq(capsys, command, "--help")[1])

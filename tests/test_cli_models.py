@@ -131,7 +131,7 @@ def test_quantize_writes_where_it_is_told(models, tmp_path, capsys) -> None:
         (["nowhere"], "nowhere"),
         (["a.gguf", "-o", "a.gguf"], "a.gguf"),
         (["with space.gguf"], "not a model name"),
-        ([], "source"),
+        ([], "SOURCE"),
     ],
 )
 def test_quantize_refuses_in_one_line(models, tmp_path, capsys, monkeypatch, arguments, said) -> None:
