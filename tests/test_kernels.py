@@ -1,0 +1,409 @@
+"""Every kernel against its naive twin: blocks at their extremes, attention over rings that have wrapped, routers."""
+
+import math
+
+import naive
+import numpy as np
+import pytest
+from compiled import address, aligned, compiled
+from tiny import random_rows
+
+from llmq.engine.plan import KINDS, kernels
+from llmq.formats import FORMATS, Format, dequantize, row_bytes
+from llmq.kernels.activation import BLOCK, FLOAT, GROUP_BYTES, SUMS16, SUMS32, VALUES, K, prepare
+from llmq.kernels.attention import SCRATCH_BYTES, attend1, attend4, attend8, store_kv
+from llmq.kernels.elementwise import rms_norm, rope, rope_angles, silu_mul
+from llmq.kernels.panel import PANEL_BYTES
+from llmq.kernels.router import choose_experts, group_by_expert
+from llmq.kernels.unpack import GROUP, UNPACK, group_bytes
+from llmq.simd import load_f32
+
+EPS = 2.0**-24  # half a unit in the last place of 1.0 in float32
+
+each_format = pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda fmt: fmt.name)
+
+
+def kind_of(fmt: Format) -> int:
+    return KINDS[type(UNPACK[fmt.id])]
+
+
+# ---- activations
+def prepared(x: np.ndarray, kind: int) -> np.ndarray:
+    """Groups uint8 [n_groups, n_tokens, group bytes] of float32 rows [n_tokens, n]."""
+    x = np.ascontiguousarray(x, np.float32)
+    groups = np.zeros((-(-x.shape[1] // GROUP), len(x), GROUP_BYTES[kind]), np.uint8)
+    prepare(address(groups), kind, address(x), x.shape[1], len(x))
+    return groups
+
+
+def scales_and_values(groups: np.ndarray, kind: int) -> tuple[np.ndarray, np.ndarray]:
+    """float32 scales and int8 values [n_tokens, n_groups * 256] in K or BLOCK groups; one scale for each value."""
+    q = groups[:, :, VALUES:].view(np.int8)
+    d = groups[:, :, :4].view(np.float32) if kind == K else groups[:, :, :32].view(np.float32)
+    d = np.repeat(d, 256 // d.shape[-1], axis=-1)
+    flat = lambda a: a.swapaxes(0, 1).reshape(groups.shape[1], -1)  # noqa: E731
+    return flat(d), flat(q)
+
+
+def activations(groups: np.ndarray, kind: int, n: int) -> np.ndarray:
+    """float64 [n_tokens, n]: what prepared groups stand for, exactly."""
+    if kind == FLOAT:
+        rows = groups.view(np.float32).swapaxes(0, 1).reshape(groups.shape[1], -1)
+        return rows[:, :n].astype(np.float64)
+    d, q = scales_and_values(groups, kind)
+    assert not q[:, n:].any(), "what lies past the end of a row counts as zero"
+    return (d.astype(np.float64) * q)[:, :n]
+
+
+@pytest.mark.parametrize("n", [32, 96, 256, 352, 512])
+@pytest.mark.parametrize("kind", [K, BLOCK])
+def test_prepare_quantizes_each_token(kind: int, n: int) -> None:
+    rng = np.random.default_rng(n)
+    x = (rng.standard_normal((3, n)) * [[0.01], [1], [300]]).astype(np.float32)
+    x[1, : n // 2] = 0
+    groups = prepared(x, kind)
+    d, q = scales_and_values(groups, kind)
+    for token in range(3):
+        padded = np.pad(x[token], (0, -n % GROUP))
+        scales, exact = naive.quantize(padded, GROUP if kind == K else 32)
+        np.testing.assert_allclose(d[token], np.repeat(scales, len(padded) // len(scales)), rtol=4 * EPS)
+        near = [value * 127 / top if (top := d[token, i] * 127.0) else 0 for i, value in enumerate(padded)]
+        assert (np.abs(q[token] - near) <= 0.5 + 1e-4).all()
+        assert np.count_nonzero(q[token] != exact) <= 1, "a tie may round either way, no more"
+    wide = groups[:, :, VALUES:].view(np.int8).astype(np.int64)
+    if kind == K:
+        np.testing.assert_array_equal(
+            groups[:, :, SUMS32 : SUMS32 + 16].view(np.int16), wide.reshape(*wide.shape[:2], 8, 32).sum(-1)
+        )
+        np.testing.assert_array_equal(
+            groups[:, :, SUMS16 : SUMS16 + 32].view(np.int16), wide.reshape(*wide.shape[:2], 16, 16).sum(-1)
+        )
+    else:
+        expected = groups[:, :, :32].view(np.float32) * wide.reshape(*wide.shape[:2], 8, 32).sum(-1)
+        np.testing.assert_allclose(groups[:, :, 32:64].view(np.float32), expected, rtol=4 * EPS)
+
+
+def test_prepare_copies_floats() -> None:
+    x = np.random.default_rng(0).standard_normal((2, 352)).astype(np.float32)
+    np.testing.assert_array_equal(activations(prepared(x, FLOAT), FLOAT, 352), x)
+
+
+@pytest.mark.parametrize("kind", [K, BLOCK])
+def test_prepare_reaches_plus_and_minus_127(kind: int) -> None:
+    x = np.tile(np.array([-254, 254, 2, 0], np.float32), 64)[None]
+    d, q = scales_and_values(prepared(x, kind), kind)
+    assert set(d.ravel().tolist()) == {2.0}
+    assert q[0, :4].tolist() == [-127, 127, 1, 0]
+
+
+# ---- products
+def split(fmt: Format, n_cols: int) -> tuple[int, int]:
+    """Whole groups in a row, and the bytes after them."""
+    n_groups = n_cols // GROUP
+    return n_groups, row_bytes(fmt, n_cols) - n_groups * group_bytes(fmt)
+
+
+def by_dot(fmt: Format, w: np.ndarray, groups: np.ndarray, n_cols: int) -> np.ndarray:
+    """float32 [n_tokens, n_rows] by the kernel for one token; a guard row shows writing past the end."""
+    n_groups, tail = split(fmt, n_cols)
+    out = np.full((groups.shape[1], len(w) + 1), np.nan, np.float32)
+    size = groups.shape[2]
+    for token in range(groups.shape[1]):
+        at = address(groups) + token * size
+        kernels(fmt).dot(
+            address(out[token]), address(w), w.shape[1], len(w), at, size * groups.shape[1], n_groups, tail
+        )
+    assert np.isnan(out[:, -1]).all()
+    return out[:, :-1]
+
+
+def by_panel(fmt: Format, w: np.ndarray, groups: np.ndarray, n_cols: int) -> np.ndarray:
+    """float32 [n_tokens, n_rows] by the kernel for many tokens, at most 16 rows."""
+    n_groups, tail = split(fmt, n_cols)
+    n_tokens, size = groups.shape[1:]
+    out = np.full((n_tokens + 1, 16), np.nan, np.float32)
+    panel = aligned((PANEL_BYTES,), np.uint8)
+    kernels(fmt).panel(
+        address(out), address(w), w.shape[1], len(w), address(groups), size, size * n_tokens, n_tokens, n_groups, tail,
+        address(panel),
+    )  # fmt: skip
+    assert np.isnan(out[-1]).all()
+    return out[:-1, : len(w)]
+
+
+def sizes(fmt: Format) -> list[tuple[int, int]]:
+    """(columns, rows), with columns that end inside a group where the format allows it."""
+    return [(256, 16), (768, 5), *([(32, 16), (96, 1), (352, 11)] if fmt.block_size < GROUP else [])]
+
+
+@each_format
+def test_dot_and_panel(fmt: Format) -> None:
+    """Both against the exact product with the quantized activations, and that against the one with the floats.
+
+    Bound: an output is a sum of terms no larger than twice the largest weight times an activation (twice: unsigned
+    weight and offset are multiplied apart), and no term or partial sum goes through more than four float32 roundings
+    per group of 256.
+    """
+    rng = np.random.default_rng(fmt.id)
+    kind = kind_of(fmt)
+    for n_cols, n_rows in sizes(fmt):
+        w = random_rows(rng, fmt, (n_rows, n_cols))
+        weights = dequantize(fmt, w).astype(np.float64)
+        for n_tokens in range(1, 21):
+            x = rng.standard_normal((n_tokens, n_cols)).astype(np.float32)
+            groups = prepared(x, kind)
+            exact = activations(groups, kind, n_cols)
+            expected = exact @ weights.T
+            roundings = 4 * (1 + n_cols // GROUP) if kind != FLOAT else 2 + n_cols // 16
+            bound = roundings * EPS * 2 * np.abs(weights).max() * np.abs(exact).sum(axis=1, keepdims=True)
+            dots, panels = by_dot(fmt, w, groups, n_cols), by_panel(fmt, w, groups, n_cols)
+            assert (np.abs(dots - expected) <= bound).all(), (n_cols, n_rows, n_tokens)
+            assert (np.abs(panels - expected) <= bound).all(), (n_cols, n_rows, n_tokens)
+            step = 0 if kind == FLOAT else scales_and_values(groups, kind)[0][:, :n_cols]
+            unquantized = (np.abs(x - exact) <= 0.5001 * step).all()
+            assert unquantized, "an activation is off by more than half a step"
+    first = naive.dot(weights[:1], exact[0])
+    np.testing.assert_allclose(expected[0, :1], first, rtol=1e-12)
+
+
+def extreme_rows(fmt: Format, fill: int, scale: int, n_cols: int = GROUP) -> np.ndarray:
+    """Three rows whose quants are all `fill` bytes, with d = m = 1 and (K formats) sub-block scales of `scale`."""
+    if fmt.block_size == 1:
+        value = np.array([fill - 128], np.float32)
+        raw = {"F32": value, "F16": value.astype(np.float16), "BF16": value.view(np.uint16)[1:]}[fmt.name]
+        return np.tile(raw.view(np.uint8), (3, n_cols))
+    blocks = np.full((3, n_cols // fmt.block_size, fmt.block_bytes), fill, np.uint8)
+    halves = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "Q4_1": (0, 2), "Q5_1": (0, 2)}
+    for at in halves.get(fmt.name, (0,)):
+        blocks[:, :, at : at + 2] = np.array([1], np.float16).view(np.uint8)
+    if fmt.name in ("Q4_K", "Q5_K"):
+        blocks[:, :, 4:16] = [scale] * 8 + [scale * 17] * 4 if scale < 16 else 255
+    if fmt.name == "Q6_K":
+        blocks[:, :, 192:208] = np.array([scale], np.int8).view(np.uint8)
+    return blocks.reshape(3, -1)
+
+
+PATTERNS = [
+    np.full(GROUP, 127),
+    np.full(GROUP, -127),
+    np.tile([127, -127], GROUP // 2),
+    np.tile([127, 127, -127, -127], GROUP // 4),
+    np.eye(1, GROUP, 77)[0] * -127,
+]
+SUB_BLOCK_SCALES = {"Q4_K": (1, 2, 63), "Q5_K": (1, 2, 63), "Q6_K": (1, -2, 127, -128)}
+
+
+@pytest.mark.parametrize("fill", [0x00, 0x7F, 0x80, 0xFF, 0xF0, 0x0F])
+@each_format
+def test_extremes_are_exact(fmt: Format, fill: int) -> None:
+    """Largest and smallest weights against activations of +-127: integer sums that nothing may clip or wrap.
+
+    Sums below 2**24 must come out exactly. Larger ones (sub-block scales at their ends) may be rounded twice.
+    """
+    x = np.array(PATTERNS, np.float32)
+    groups = prepared(x, kind_of(fmt))
+    np.testing.assert_array_equal(activations(groups, kind_of(fmt), GROUP), x)
+    for scale in SUB_BLOCK_SCALES.get(fmt.name, (1,)):
+        w = extreme_rows(fmt, fill, scale)
+        weights = dequantize(fmt, w).astype(np.int64)
+        expected = x.astype(np.int64) @ weights.T
+        terms = 2 * np.abs(x).sum(axis=1, keepdims=True) * np.abs(weights).max()
+        slack = np.where(terms < 2**24, 0, 4 * EPS * terms)
+        for product in (by_dot, by_panel):
+            assert (np.abs(product(fmt, w, groups, GROUP) - expected) <= slack).all(), (product.__name__, scale)
+
+
+@each_format
+def test_a_zero_token_gives_zero(fmt: Format) -> None:
+    w = random_rows(np.random.default_rng(0), fmt, (4, 512))
+    groups = prepared(np.zeros((2, 512), np.float32), kind_of(fmt))
+    assert not by_dot(fmt, w, groups, 512).any()
+    assert not by_panel(fmt, w, groups, 512).any()
+
+
+@each_format
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_a_number_stays_so(fmt: Format, bad: float, request: pytest.FixtureRequest) -> None:
+    """An overflow must reach the logits, where it is reported, and not turn into plausible numbers."""
+    if np.isnan(bad) and kind_of(fmt) != FLOAT:
+        request.applymarker(pytest.mark.xfail(strict=True, reason="quantizing takes a NaN for a zero"))
+    w = random_rows(np.random.default_rng(0), fmt, (4, 256))
+    x = np.ones((2, 256), np.float32)
+    x[:, 5] = bad
+    groups = prepared(x, kind_of(fmt))
+    assert not np.isfinite(by_dot(fmt, w, groups, 256)).any()
+    assert not np.isfinite(by_panel(fmt, w, groups, 256)).any()
+
+
+@each_format
+def test_floats(fmt: Format) -> None:
+    """The compiled dequantize against the NumPy one: contraction may save a rounding, so two units of the largest."""
+    rng = np.random.default_rng(fmt.id)
+    for n_cols, _ in sizes(fmt):
+        w = random_rows(rng, fmt, (1, n_cols))
+        n_groups, tail = split(fmt, n_cols)
+        out = np.full(n_cols + 1, np.nan, np.float32)
+        kernels(fmt).floats(address(out), address(w), n_groups, tail, n_cols - GROUP * n_groups)
+        expected = dequantize(fmt, w)[0]
+        tolerance = 0 if fmt.block_size == 1 else 4 * EPS * np.abs(expected).max()
+        np.testing.assert_allclose(out[:-1], expected, rtol=0, atol=tolerance)
+        assert np.isnan(out[-1])
+
+
+# ---- elementwise
+@compiled
+def run_rms_norm(out, x, weight, n, eps):
+    rms_norm(out, x, weight, n, load_f32(eps))
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e4])
+@pytest.mark.parametrize("n", [32, 256, 320, 4096])
+def test_rms_norm(n: int, scale: float) -> None:
+    rng = np.random.default_rng(n)
+    x = (rng.standard_normal(n) * scale).astype(np.float32)
+    weight, eps, out = rng.uniform(0.5, 2, n).astype(np.float32), np.array([1e-5], np.float32), np.zeros(n, np.float32)
+    run_rms_norm(address(out), address(x), address(weight), n, address(eps))
+    np.testing.assert_allclose(out, naive.rms_norm(x, weight.astype(np.float64), float(eps[0])), rtol=1e-6)
+
+
+@compiled
+def run_rope(x, angles, frequencies, n, position, step, gap):
+    rope_angles(angles, frequencies, n, position)
+    rope(x, angles, n, step, gap)
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize("position", [0, 1, 77, 32_767, 1_000_003])
+@pytest.mark.parametrize("head_dim", [16, 32, 48, 128])
+def test_rope(head_dim: int, position: int, interleaved: bool) -> None:
+    """Angles are formed in double precision, so far positions are as exact as near ones."""
+    n = head_dim // 2
+    x = np.random.default_rng(position).standard_normal(head_dim).astype(np.float32)
+    frequencies = 10_000.0 ** (-2 * np.arange(n) / head_dim)
+    expected = naive.rope(x.astype(np.float64), position, 10_000.0, interleaved)
+    out, angles = x.copy(), np.zeros(head_dim, np.float32)
+    step, gap = (2, 1) if interleaved else (1, n)
+    run_rope(address(out), address(angles), address(frequencies), n, position, step, gap)
+    np.testing.assert_allclose(out, expected, rtol=0, atol=6 * EPS * np.abs(x).max())
+
+
+@compiled
+def run_silu_mul(out, gate, up, n):
+    for i in range(0, n, 16):
+        silu_mul(out + 4 * i, gate + 4 * i, up + 4 * i)
+
+
+def test_silu_mul() -> None:
+    gate = np.concatenate([np.linspace(-80, 80, 1000), [-1e4, -88, -87.5, 1e4, 0, -0.0, 1e30, -1e30]]).astype(
+        np.float32
+    )
+    up = np.random.default_rng(0).standard_normal(len(gate)).astype(np.float32)
+    out = np.zeros_like(gate)
+    run_silu_mul(address(out), address(gate), address(up), len(gate))
+    # Below -87 the true value is under 1e-35: there the clamped exponential may leave something as small.
+    np.testing.assert_allclose(out[:-1], naive.silu_mul(gate, up)[:-1], rtol=1e-6, atol=1e-33)
+
+
+# ---- attention
+@compiled
+def run_store(keys, values, slot, k, v, head_dim):
+    store_kv(keys, values, slot, k, v, head_dim)
+
+
+ATTEND = {8: attend8, 4: attend4, 1: attend1}
+
+
+def stored(k: np.ndarray, v: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
+    """A ring after all positions of k and v [n_positions, head_dim] have been written to it, one after the other."""
+    head_dim = k.shape[1]
+    # Ones, so that a slot that was never written shows where it is not masked.
+    keys, values = np.ones((capacity, head_dim), np.float16), np.ones((capacity, head_dim), np.float16)
+    for position in range(len(k)):
+        slot = position % capacity
+        run_store(address(keys), address(values), slot, address(k[position]), address(v[position]), head_dim)
+    return keys, values
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "capacity", "window", "n_positions"),
+    [(32, 64, 0, 5), (32, 64, 0, 64), (16, 48, 17, 160), (48, 96, 32, 300), (128, 80, 64, 250), (32, 272, 200, 900)],
+)
+@pytest.mark.parametrize("n", ATTEND)
+def test_attention(n: int, head_dim: int, capacity: int, window: int, n_positions: int) -> None:
+    """n queries at the last positions, and n heads at one position, over a ring that may have wrapped several times."""
+    rng = np.random.default_rng(n_positions + n)
+    k, v = (rng.standard_normal((n_positions, head_dim)).astype(np.float32) for _ in range(2))
+    k *= 3
+    keys, values = stored(k, v, capacity)
+    halves = [a.astype(np.float16).astype(np.float64) for a in (k, v)]
+    scratch = aligned((SCRATCH_BYTES,), np.uint8)
+    for positions in (range(max(0, n_positions - n), n_positions), [n_positions - 1] * n):
+        count = len(positions)
+        if count < n:
+            continue
+        q, out = rng.standard_normal((n, head_dim)).astype(np.float32), np.zeros((n, head_dim), np.float32)
+        at = np.array(positions, np.int64)
+        sources = np.array([address(row) for row in q], np.int64)
+        targets = np.array([address(row) for row in out], np.int64)
+        ATTEND[n](
+            address(targets), address(sources), address(at), address(keys), address(values), capacity, head_dim,
+            window or 2**40, address(scratch),
+        )  # fmt: skip
+        for i, position in enumerate(positions):
+            expected = naive.attend(q[i].astype(np.float64), position, *halves, window)
+            np.testing.assert_allclose(out[i], expected, rtol=0, atol=2e-6 * np.abs(v).max())
+
+
+# ---- router
+@compiled
+def run_router(chosen, weights, x, gate, dim, n_experts, n_used, scores, n_rows):
+    for row in range(n_rows):
+        at = 4 * row * n_used
+        choose_experts(chosen + at, weights + at, x + 4 * row * dim, gate, dim, n_experts, n_used, scores)
+
+
+@compiled
+def run_group(entries, entry_weights, starts, active, chosen, weights, n_rows, n_experts, n_used):
+    group_by_expert(entries, entry_weights, starts, active, chosen, weights, n_rows, n_experts, n_used)
+
+
+@pytest.mark.parametrize(("n_experts", "n_used"), [(8, 2), (4, 1), (5, 3), (64, 8), (2, 2)])
+def test_router_and_grouping(n_experts: int, n_used: int) -> None:
+    """Rows, weights and starts as a list per expert has them; the first expert is made to get no row at all."""
+    rng = np.random.default_rng(n_experts)
+    dim, n_rows = 64, 33
+    x, gate = (rng.standard_normal((n, dim)).astype(np.float32) for n in (n_rows, n_experts))
+    x[:, 0], gate[:, 0] = 1, 0
+    if n_used < n_experts:
+        gate[0] = np.eye(1, dim)[0] * -1000
+    chosen, weights = np.zeros((n_rows, n_used), np.int32), np.zeros((n_rows, n_used), np.float32)
+    scores = np.zeros(n_experts, np.float32)
+    run_router(
+        address(chosen), address(weights), address(x), address(gate), dim, n_experts, n_used, address(scores), n_rows
+    )
+    choices = [naive.route(row.astype(np.float64), gate, n_used) for row in x]
+    assert chosen.tolist() == [[e for e, _ in choice] for choice in choices]
+    np.testing.assert_allclose(weights, [[w for _, w in choice] for choice in choices], rtol=1e-5)
+
+    n = n_rows * n_used
+    entries, entry_weights = np.zeros(n, np.int32), np.zeros(n, np.float32)
+    starts, active = np.zeros(n_experts + 1, np.int32), np.zeros(n_experts + 1, np.int32)
+    run_group(*map(address, (entries, entry_weights, starts, active, chosen, weights)), n_rows, n_experts, n_used)
+    groups = naive.group(choices, n_experts)
+    assert active[1 : active[0] + 1].tolist() == [e for e, group in enumerate(groups) if group]
+    for e, group in enumerate(groups):
+        part = slice(starts[e], starts[e + 1])
+        assert entries[part].tolist() == [row for row, _ in group]
+        np.testing.assert_allclose(entry_weights[part], [w for _, w in group], rtol=1e-5)
+    assert n_used == n_experts or not groups[0]
+    assert starts[-1] == n
+
+
+def test_ties_go_to_the_lower_expert() -> None:
+    x, gate = np.ones(32, np.float32), np.zeros((8, 32), np.float32)
+    gate[[3, 5, 6]] = 1
+    chosen, weights, scores = np.zeros(2, np.int32), np.zeros(2, np.float32), np.zeros(8, np.float32)
+    run_router(*map(address, (chosen, weights, x, gate)), 32, 8, 2, address(scores), 1)
+    assert chosen.tolist() == [3, 5]
+    assert weights.tolist() == [0.5, 0.5]
+    assert math.isclose(weights.sum(), 1)

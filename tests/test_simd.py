@@ -1,0 +1,319 @@
+"""Vector operations against NumPy, on whatever instruction set the code is compiled for (test_isa.py forces others)."""
+
+import math
+
+import numpy as np
+import pytest
+from compiled import address, compiled
+
+from llmq.simd import (
+    abs_f32x16,
+    add_lanes_f32x8,
+    add_lanes_f32x16,
+    add_lanes_i32x16,
+    bits_u8x32,
+    count16,
+    dot_i16x16,
+    dot_u7s8,
+    dot_u8s8,
+    exp_f32x16,
+    f32_of_bf16x16,
+    f32_of_i32x8,
+    fma,
+    i8_of_i32x16,
+    i16_of_i8x16,
+    i32_of_f32x16,
+    join_u8x32,
+    load_f16,
+    load_f16x16,
+    load_f32,
+    load_f32x16,
+    load_i8x16,
+    load_i8x64,
+    load_i16x16,
+    load_i16x32,
+    load_i32x16,
+    load_u8x16,
+    load_u8x32,
+    load_u8x64,
+    load_u16x16,
+    load_u32,
+    max_f32x16,
+    max_lanes_f32x16,
+    nibbles_u8x32,
+    nibbles_u8x64,
+    pair_f32x16,
+    round_f32x16,
+    shifted_bits,
+    splat_f32x16,
+    spread,
+    store_f16,
+    store_f16x16,
+    store_f32,
+    store_f32x16,
+    store_i8x16,
+    store_i16x16,
+    store_i32,
+    store_i32x16,
+    store_u8x64,
+    tile_dot32_u7,
+    tile_dot32_u8,
+    tile_dot_pair,
+    tile_f32,
+    tile_fma,
+    tile_i32,
+    tile_load,
+    tile_store,
+    transpose_i32,
+    twice_i8x16,
+    where_between,
+    zero_i32x8,
+)
+
+
+@compiled
+def run_dots(small, full, acc, u, s):
+    start = load_i32x16(acc)
+    store_i32x16(small, dot_u7s8(start, load_u8x64(u), load_i8x64(s)))
+    store_i32x16(full, dot_u8s8(start, load_u8x64(u), load_i8x64(s)))
+
+
+def naive_dots(acc: np.ndarray, u: np.ndarray, s: np.ndarray) -> list[int]:
+    return [int(acc[i]) + sum(int(u[4 * i + k]) * int(s[4 * i + k]) for k in range(4)) for i in range(16)]
+
+
+def dots(acc: np.ndarray, u: np.ndarray, s: np.ndarray) -> tuple[list[int], list[int]]:
+    small, full = np.zeros(16, np.int32), np.zeros(16, np.int32)
+    run_dots(address(small), address(full), address(acc), address(u), address(s))
+    return small.tolist(), full.tolist()
+
+
+@pytest.mark.parametrize("s", [127, -127])
+@pytest.mark.parametrize("u", [0, 1, 63, 127, 128, 254, 255])
+def test_byte_dots_at_their_extremes(u: int, s: int) -> None:
+    """Two products of 255 * 127 do not fit 16 bits: instructions that add them there saturate."""
+    acc, us, ss = np.full(16, -7, np.int32), np.full(64, u, np.uint8), np.full(64, s, np.int8)
+    small, full = dots(acc, us, ss)
+    assert full == naive_dots(acc, us, ss)
+    if u < 128:
+        assert small == full
+
+
+def test_byte_dots_of_random_lanes() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        acc = rng.integers(-(2**20), 2**20, 16, dtype=np.int32)
+        u, s = rng.integers(0, 256, 64, dtype=np.uint8), rng.integers(-127, 128, 64, dtype=np.int8)
+        assert dots(acc, u, s)[1] == naive_dots(acc, u, s)
+        assert dots(acc, u & 127, s)[0] == naive_dots(acc, u & 127, s)
+
+
+@compiled
+def run_word_dot(out, x, y):
+    store_f32(out, add_lanes_f32x8(f32_of_i32x8(dot_i16x16(zero_i32x8(), load_i16x16(x), load_i16x16(y)))))
+
+
+def test_word_dot() -> None:
+    rng = np.random.default_rng(1)
+    x, y = rng.integers(-64, 64, 16, dtype=np.int16), rng.integers(-4064, 4065, 16, dtype=np.int16)
+    out = np.zeros(1, np.float32)
+    run_word_dot(address(out), address(x), address(y))
+    assert out[0] == sum(int(a) * int(b) for a, b in zip(x, y, strict=True))
+
+
+@compiled
+def run_tiles(out, pairs, w, words, x, stride):
+    store = 64 * 4
+    tile_store(out, 64, tile_dot32_u7(tile_i32(4), w, x, stride))
+    tile_store(out + store, 64, tile_dot32_u8(tile_i32(4), w, x, stride))
+    tile_store(pairs, 64, tile_dot_pair(tile_i32(4), load_i16x32(words), x, stride))
+
+
+@pytest.mark.parametrize("limit", [127, 255])
+def test_tile_dots(limit: int) -> None:
+    """32 weights of 16 rows against the bytes of four tokens; words [8][16 rows][4] as the panel has them."""
+    rng = np.random.default_rng(limit)
+    memory = np.zeros(512 + 64, np.uint8)
+    w = memory[-memory.ctypes.data % 64 :][:512]
+    for fill in ("random", "largest"):
+        w[:] = rng.integers(0, limit + 1, 512) if fill == "random" else limit
+        x = rng.integers(-127, 128, (4, 40), dtype=np.int8) if fill == "random" else np.full((4, 40), -127, np.int8)
+        words = rng.integers(-64, 64, 32, dtype=np.int16)
+        out, pairs = np.zeros((2, 4, 16), np.int32), np.zeros((4, 16), np.int32)
+        run_tiles(address(out), address(pairs), w.ctypes.data, address(words), address(x), 40)
+        rows = w.reshape(8, 16, 4).swapaxes(0, 1).reshape(16, 32).astype(np.int64)
+        expected = x[:, :32].astype(np.int64) @ rows.T
+        np.testing.assert_array_equal(out[1], expected)
+        if limit < 128:
+            np.testing.assert_array_equal(out[0], expected)
+        first = x[:, :4].copy().view(np.int16).astype(np.int64)
+        np.testing.assert_array_equal(pairs, first @ words.reshape(16, 2).T.astype(np.int64))
+
+
+@compiled
+def run_unpack(out, x):
+    store_u8x64(out, nibbles_u8x64(load_u8x32(x)))
+    store_u8x64(out + 64, join_u8x32(nibbles_u8x32(load_u8x16(x)), nibbles_u8x32(load_u8x16(x + 16))))
+    store_u8x64(out + 128, shifted_bits(load_u8x32(x), np.uint8(2), np.uint8(4), np.uint8(3), np.uint8(4)))
+    store_u8x64(out + 192, join_u8x32(bits_u8x32(load_u32(x)), load_u8x32(x)))
+    store_i8x16(out + 256, twice_i8x16(np.uint64(load_u32(x)) | (np.uint64(load_u32(x + 4)) << np.uint64(32))))
+    store_i16x16(out + 272, i16_of_i8x16(load_i8x16(x)))
+
+
+def test_unpacking() -> None:
+    x = np.random.default_rng(2).integers(0, 256, 32, dtype=np.uint8)
+    out = np.zeros(304, np.uint8)
+    run_unpack(address(out), address(x))
+    low, high = (x & 15).tolist(), (x >> 4).tolist()
+    assert out[:64].tolist() == low + high
+    assert out[64:128].tolist() == low[:16] + high[:16] + low[16:] + high[16:]
+    assert out[128:192].tolist() == [(b >> 2 & 3) << 4 for b in x.tolist()] + [(b >> 4 & 3) << 4 for b in x.tolist()]
+    word = int.from_bytes(x[:4].tobytes(), "little")
+    assert out[192:224].tolist() == [word >> i & 1 for i in range(32)]
+    assert out[224:256].tolist() == x.tolist()
+    assert out[256:272].tolist() == [b for b in x[:8].tolist() for _ in range(2)]
+    assert out[272:].view(np.int16).tolist() == x[:16].view(np.int8).tolist()
+
+
+@compiled
+def run_spread(out, scales):
+    for_ = load_i8x16(scales)
+    store_i32x16(out, spread(for_, 0))
+    store_i32x16(out + 64, spread(for_, 1))
+    store_i32x16(out + 128, spread(for_, 2))
+    store_i32x16(out + 192, spread(for_, 3))
+
+
+@compiled
+def run_transpose(out, rows):
+    a = rows
+    store = transpose_i32((
+        load_i32x16(a), load_i32x16(a + 64), load_i32x16(a + 128), load_i32x16(a + 192),
+        load_i32x16(a + 256), load_i32x16(a + 320), load_i32x16(a + 384), load_i32x16(a + 448),
+        load_i32x16(a + 512), load_i32x16(a + 576), load_i32x16(a + 640), load_i32x16(a + 704),
+        load_i32x16(a + 768), load_i32x16(a + 832), load_i32x16(a + 896), load_i32x16(a + 960),
+    ))  # fmt: skip
+    tile_store(out, 64, store)
+
+
+def test_spread_and_transpose() -> None:
+    scales = np.arange(-8, 8, dtype=np.int8)
+    out = np.zeros((4, 16), np.int32)
+    run_spread(address(out), address(scales))
+    assert out.tolist() == [[int(scales[4 * j + lane // 4]) for lane in range(16)] for j in range(4)]
+    rows = np.random.default_rng(3).integers(-(2**31), 2**31, (16, 16)).astype(np.int32)
+    columns = np.zeros((16, 16), np.int32)
+    run_transpose(address(columns), address(rows))
+    np.testing.assert_array_equal(columns, rows.T)
+
+
+@compiled
+def run_halves(wide, one, brain, x, n):
+    for i in range(0, n, 16):
+        store_f32x16(wide + 4 * i, load_f16x16(x + 2 * i))
+        store_f32x16(brain + 4 * i, f32_of_bf16x16(load_u16x16(x + 2 * i)))
+        for k in range(16):
+            store_f32(one + 4 * (i + k), load_f16(x + 2 * (i + k)))
+
+
+def test_every_half_float_widens_exactly() -> None:
+    bits = np.arange(65536, dtype=np.uint16)
+    wide, one, brain = (np.zeros(65536, np.float32) for _ in range(3))
+    run_halves(address(wide), address(one), address(brain), address(bits), 65536)
+    with np.errstate(invalid="ignore"):  # signalling NaN
+        expected = bits.view(np.float16).astype(np.float32)
+    numbers = ~np.isnan(expected)
+    for got in (wide, one):
+        np.testing.assert_array_equal(got[numbers].view(np.uint32), expected[numbers].view(np.uint32))
+        assert np.isnan(got[~numbers]).all()
+    np.testing.assert_array_equal(brain.view(np.uint32), bits.astype(np.uint32) << 16)
+
+
+@compiled
+def run_narrow(out, one, x, n):
+    for i in range(0, n, 16):
+        store_f16x16(out + 2 * i, load_f32x16(x + 4 * i))
+        for k in range(16):
+            store_f16(one + 2 * (i + k), load_f32(x + 4 * (i + k)))
+
+
+def test_narrowing_rounds_to_nearest_even() -> None:
+    """Every half float, the ties between neighbours, the floats beside those ties, and random bits."""
+    halves = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)
+    ties = (halves[:-1] + halves[1:]) / 2
+    around = np.concatenate([np.nextafter(ties, np.float32(0)), ties, np.nextafter(ties, np.float32(1e9))])
+    edge = np.array([65519.996, 65520, 1e30, np.inf, 2.0**-25, np.nextafter(np.float32(2.0**-25), np.float32(1))])
+    random = np.random.default_rng(4).integers(0, 2**32, 40_000, dtype=np.uint32).view(np.float32)
+    x = np.concatenate([halves, around, edge.astype(np.float32), random])
+    x = np.concatenate([x, -x])
+    x = np.resize(x, -(-len(x) // 16) * 16)
+    out, one = np.zeros(len(x), np.uint16), np.zeros(len(x), np.uint16)
+    run_narrow(address(out), address(one), address(x), len(x))
+    with np.errstate(over="ignore", invalid="ignore"):
+        expected = x.astype(np.float16).view(np.uint16)
+    numbers = ~np.isnan(x)
+    np.testing.assert_array_equal(out[numbers], expected[numbers])
+    np.testing.assert_array_equal(one[numbers], expected[numbers])
+    assert np.isnan(out.view(np.float16)[~numbers]).all()
+
+
+@compiled
+def run_exp(out, x, n):
+    for i in range(0, n, 16):
+        store_f32x16(out + 4 * i, exp_f32x16(load_f32x16(x + 4 * i)))
+
+
+def test_exp() -> None:
+    """Within 2 units in the last place where the result is a normal float; the ends as documented."""
+    x = np.concatenate([np.linspace(-87.3, 88.2, 40_000), np.linspace(-1, 1, 4_000)]).astype(np.float32)[: 2_750 * 16]
+    out = np.zeros_like(x)
+    run_exp(address(out), address(x), len(x))
+    expected = np.exp(x.astype(np.float64))
+    assert (np.abs(out - expected) <= 2 * np.spacing(expected.astype(np.float32))).all()
+    ends = np.array([-np.inf, -1e30, -87.4, 88.3, 1e30, np.inf, 0, -0.0] * 2, np.float32)
+    out = np.zeros(16, np.float32)
+    run_exp(address(out), address(ends), 16)
+    assert out[:3].tolist() == [0, 0, 0]
+    assert out[3] == out[4] == out[5] > 2e38
+    assert out[6:8].tolist() == [1, 1]
+
+
+@compiled
+def run_floats(out, scalars, x, y):
+    a, b = load_f32x16(x), load_f32x16(y)
+    store_f32x16(out, fma(a, b, a))
+    store_f32x16(out + 64, max_f32x16(a, b))
+    store_f32x16(out + 128, round_f32x16(a))
+    store_f32x16(out + 192, abs_f32x16(a))
+    store_f32x16(out + 256, where_between(count16(np.int32(5)), np.int32(7), np.int32(9), a, b))
+    store_f32x16(out + 320, pair_f32x16(load_f32(x), load_f32(y)))
+    store_f32x16(out + 384, a / b)
+    store_i32x16(out + 448, i32_of_f32x16(round_f32x16(a)))
+    store_i8x16(out + 512, i8_of_i32x16(i32_of_f32x16(round_f32x16(a))))
+    store_f32(scalars, add_lanes_f32x16(a))
+    store_f32(scalars + 8, max_lanes_f32x16(a))
+    store_i32(scalars + 12, add_lanes_i32x16(i32_of_f32x16(round_f32x16(a))))
+    tile_store(out + 640, 64, tile_fma(tile_load(tile_f32(1), x, 64), splat_f32x16(np.float32(2)), y, 4))
+
+
+def test_float_arithmetic() -> None:
+    rng = np.random.default_rng(5)
+    x = (rng.standard_normal(16) * 40).astype(np.float32)
+    x[:4] = 0.5, 1.5, -2.5, -126.5
+    y = rng.uniform(1, 2, 16).astype(np.float32)
+    out, scalars = np.zeros((11, 16), np.float32), np.zeros(4, np.float32)
+    run_floats(address(out), address(scalars), address(x), address(y))
+    wide = x.astype(np.float64)
+    np.testing.assert_array_equal(out[0], (wide * y + wide).astype(np.float32))
+    np.testing.assert_array_equal(out[1], np.maximum(x, y))
+    np.testing.assert_array_equal(out[2], np.rint(x))
+    np.testing.assert_array_equal(out[3], np.abs(x))
+    assert out[4].tolist() == [x[i] if 7 <= i + 5 <= 9 else y[i] for i in range(16)]
+    assert out[5].tolist() == [x[0]] * 8 + [y[0]] * 8
+    np.testing.assert_allclose(out[6], wide / y, rtol=2.0**-22)
+    assert out[7].view(np.int32).tolist() == np.rint(x).astype(int).tolist()
+    assert out[8].view(np.int8)[:16].tolist() == np.rint(x).astype(int).tolist()
+    np.testing.assert_array_equal(out[10], (wide + 2 * np.float64(y[0])).astype(np.float32))
+    assert math.isclose(scalars[0], wide.sum(), abs_tol=16 * 2.0**-24 * np.abs(wide).sum())
+    assert scalars[2] == x.max()
+    assert scalars[3:].view(np.int32)[0] == np.rint(x).sum()
