@@ -1,0 +1,27 @@
+"""Tiny models, each written once per run."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny import tiny_gguf
+
+Tiny = Callable[..., tuple[Path, dict[str, np.ndarray]]]
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """tiny_model(**arguments of tiny_gguf): the file, and its weights as float32 by tensor name."""
+    folder = tmp_path_factory.mktemp("tiny")
+    made: dict[str, tuple[Path, dict[str, np.ndarray]]] = {}
+
+    def make(**arguments: Any) -> tuple[Path, dict[str, np.ndarray]]:
+        key = repr(sorted(arguments.items()))
+        if key not in made:
+            path = folder / f"{len(made)}.gguf"
+            made[key] = path, tiny_gguf(path, **arguments)
+        return made[key]
+
+    return make
