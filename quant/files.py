@@ -48,13 +48,13 @@ def _open(path: Path) -> IO[bytes]:
     # O_NONBLOCK: opening a named pipe must not wait for a writer.
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:
-        file = os.fdopen(os.open(path, flags), "rb")
+        descriptor = os.open(path, flags)
     except OSError as error:
         raise UsageError(f"cannot open {quoted(str(path), 120)}: {error.strerror}; check its permissions") from error
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise FileFormatError(f"{quoted(path.name)} is not a regular file")
-    return file
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise FileFormatError(f"{quoted(path.name)} is not a regular file; get the checkpoint's own one")
+    return os.fdopen(descriptor, "rb")
 
 
 def read_file(path: Path, limit: int) -> bytes:

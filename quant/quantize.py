@@ -24,7 +24,7 @@ Result = TypeVar("Result")
 
 # Weights that are read, encoded and written together, and how many such chunks of a tensor the error is measured on.
 CHUNK = 1 << 18
-MEASURED_CHUNKS = 16
+MEASURED_CHUNKS = 8
 QUANTIZATION_VERSION = 2
 
 
@@ -33,7 +33,7 @@ class TensorReport:
     """One tensor as it was written: `shape` has rows first, `source` is the type it came in, `n_bytes` its new size.
 
     `rms_error` is the root mean square difference to the source's weights over their root mean square; of a large
-    tensor it is measured on an even sample of at least 16 chunks of rows. `index` counts from 0 to `total` - 1.
+    tensor it is measured on an even sample of at least 8 chunks of rows. `index` counts from 0 to `total` - 1.
     """
 
     name: str

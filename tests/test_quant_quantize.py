@@ -1,4 +1,4 @@
-"""The quantizer whole: weights arrive under their names, files are complete or absent, bytes are the same each time."""
+"""The quantizer whole: weights arrive under their names, files are complete or absent, bytes are reproducible."""
 
 import hashlib
 import json
