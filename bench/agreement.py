@@ -17,8 +17,10 @@ import numpy as np
 
 import llmq
 
-SUBJECTS = ["a cat", "a boat", "a big red ball", "a dog and a bird", "a tree", "the moon", "a fish", "a girl named Lily",
-            "a lost hat", "a bear"]  # fmt: skip
+SUBJECTS = [
+    "a cat", "a boat", "a big red ball", "a dog and a bird", "a tree",
+    "the moon", "a fish", "a girl named Lily", "a lost hat", "a bear",
+]  # fmt: skip
 LENGTH = 200  # positions scored in one go, inside the window of 256
 
 
@@ -56,7 +58,9 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
-def divergence(model: llmq.Model, other: llama_cpp.Llama, stories: list[str], n_tokens: int) -> tuple[float, float, int]:
+def divergence(
+    model: llmq.Model, other: llama_cpp.Llama, stories: list[str], n_tokens: int
+) -> tuple[float, float, int]:
     """Mean KL(llama.cpp || llmq) in nats, share of equal first choices, and positions scored."""
     kl, same = [], []
     for ids in pieces(model, stories, n_tokens):

@@ -1,6 +1,6 @@
 """llmq beside llama.cpp on one GGUF file: prefill and decode, interleaved, medians and ratios.
 
-    python bench/compare.py MODEL.gguf [--threads 1 2] [--rounds 5] [--prompt 512] [--tokens 32] [--depth 0] [--json OUT]
+    python bench/compare.py MODEL.gguf [--threads 1 2] [--rounds 5] [--prompt 512] [--tokens 32] [--depth 0]
 
 Each engine runs in a process of its own that has loaded the model and warmed up; the parent lets them work in turn, so
 that both meet the same noise. A plain streaming read of the file's pages runs between them. Needs llama-cpp-python,
@@ -157,12 +157,12 @@ def report(arguments: argparse.Namespace) -> list[dict[str, object]]:
             ours, theirs, read = (statistics.median(found[kind]) for kind in ("llmq", "llama.cpp", "read"))
             ratio = statistics.median(a / b for a, b in zip(found["llmq"], found["llama.cpp"], strict=True))
             share = ours * size / 1e9 / read
-            rows.append({"threads": threads, "task": task, "llmq": ours, "llama.cpp": theirs, "ratio": ratio, "read": read})
-            tail = f", {share:4.0%} of a streaming read ({read:.1f} GB/s)" if task.startswith("decode") else ""
-            print(  # noqa: T201
-                f"{threads} threads  {task:16} llmq {ours:8.2f}  llama.cpp {theirs:8.2f} tokens/s  ratio {ratio:.2f}{tail}",
-                flush=True,
+            rows.append(
+                {"threads": threads, "task": task, "llmq": ours, "llama.cpp": theirs, "ratio": ratio, "read": read}
             )
+            tail = f", {share:4.0%} of a streaming read ({read:.1f} GB/s)" if task.startswith("decode") else ""
+            speeds = f"llmq {ours:8.2f}  llama.cpp {theirs:8.2f} tokens/s  ratio {ratio:.2f}"
+            print(f"{threads} threads  {task:16} {speeds}{tail}", flush=True)  # noqa: T201
     return rows
 
 
