@@ -91,8 +91,11 @@ def chat(
     with options.open_model(model, options.Engine(ctx, window, threads)) as loaded:
         conversation = Conversation(loaded, options.utf8(system), sampling, max_tokens, stop or [])
         if sys.stdin.isatty() and sys.stdout.isatty():
+            from cli.keyboard import kept_terminal
+
             greet(loaded, model)
-            converse(conversation)
+            with kept_terminal():
+                converse(conversation)
         else:
             from cli.keyboard import piped_messages
 

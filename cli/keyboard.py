@@ -3,10 +3,13 @@
 import errno
 import json
 import os
+import signal
 import stat
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion
@@ -20,6 +23,9 @@ from llmq.store import make_private
 HISTORY_BYTES = 1 << 20
 # Opening through a link, or waiting for a pipe to be opened at its other end, is refused.
 NO_TRICKS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
+
+# What the editor turned on: marks around a paste, and a hidden cursor while it draws.
+PASTE_AND_CURSOR_AS_USUAL = b"\x1b[?2004l\x1b[?25h"
 
 
 class LineHistory(History):
@@ -113,6 +119,36 @@ def key_bindings() -> KeyBindings:
             event.app.exit(exception=KeyboardInterrupt, style="class:aborting")
 
     return bindings
+
+
+@contextmanager
+def kept_terminal() -> Iterator[None]:
+    """Puts the terminal back as it was, at the end or when a signal ends the program.
+
+    The line editor runs an event loop, in which an exception that a signal raises would be reported and not unwind; so
+    here the signal ends the program itself. Nothing is lost: what was typed or said has been written by then.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    import termios
+
+    before = termios.tcgetattr(sys.stdin)
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        del frame
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
+        os.write(sys.stdout.fileno(), PASTE_AND_CURSOR_AS_USUAL)
+        os._exit(128 + number)
+
+    ended = (signal.SIGTERM, signal.SIGHUP)
+    handlers = [signal.signal(number, leave) for number in ended]
+    try:
+        yield
+    finally:
+        for number, handler in zip(ended, handlers, strict=True):
+            signal.signal(number, handler)
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
 
 
 def editor(history: Path, commands: list[str], settings: list[str]) -> PromptSession[str]:

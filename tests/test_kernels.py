@@ -223,10 +223,8 @@ def test_a_zero_token_gives_zero(fmt: Format) -> None:
 
 @each_format
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_what_is_not_a_number_stays_so(fmt: Format, bad: float, request: pytest.FixtureRequest) -> None:
+def test_what_is_not_a_number_stays_so(fmt: Format, bad: float) -> None:
     """An overflow must reach the logits, where it is reported, and not turn into plausible numbers."""
-    if np.isnan(bad) and kind_of(fmt) != FLOAT:
-        request.applymarker(pytest.mark.xfail(strict=True, reason="quantizing takes a NaN for a zero"))
     w = random_rows(np.random.default_rng(0), fmt, (4, 256))
     x = np.ones((2, 256), np.float32)
     x[:, 5] = bad

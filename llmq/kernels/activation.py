@@ -13,9 +13,11 @@ from numba import types
 from llmq.jit import jit, kernel
 from llmq.simd import (
     abs_f32x16,
+    add_lanes_f32x16,
     add_lanes_i32x16,
     clear_bytes,
     copy_bytes,
+    fma,
     i8_of_i32x16,
     i32_of_f32x16,
     load_f32x16,
@@ -36,11 +38,14 @@ SUMS32, SUMS16, VALUES = 16, 32, 64  # offsets in K groups; q lies at VALUES in 
 
 @jit
 def largest(x, n):
-    """Largest magnitude among `n` floats (a multiple of 16) at address `x`."""
-    top = splat_f32x16(np.float32(0))
+    """Largest magnitude among `n` floats (a multiple of 16) at address `x`; NaN if any is NaN or infinite."""
+    zero = splat_f32x16(np.float32(0))
+    top, spoilt = zero, zero
     for i in range(0, n, 16):
-        top = max_f32x16(top, abs_f32x16(load_f32x16(x + 4 * i)))
-    return max_lanes_f32x16(top)
+        v = load_f32x16(x + 4 * i)
+        top = max_f32x16(top, abs_f32x16(v))
+        spoilt = fma(v, zero, spoilt)
+    return max_lanes_f32x16(top) + add_lanes_f32x16(spoilt)
 
 
 @jit
