@@ -1,8 +1,9 @@
-"""Threads that stay in compiled code: a barrier, a shared work counter, and a team that spins between jobs, then parks.
+"""Threads that stay in compiled code: a team that spins between jobs, then parks.
 
-A job is one call of a kernel with the type `(job record address, thread)` by every thread of the team. Layout of the
-shared words, one per cache line: generation of jobs, stop flag, barrier arrivals, barrier generation, then for each
-thread the last generation that it ran.
+A job is one call of a kernel with the type `(job record address, thread)` by every thread of the team. Within a job
+threads share work through counters and wait for work, never for each other: a thread that the system has put aside
+holds up the others only if it was in the middle of something. Layout of the shared words, one per cache line:
+generation of jobs, stop flag, then for each thread the last generation that it ran.
 """
 
 import os
@@ -18,7 +19,7 @@ from llmq.jit import jit, kernel
 from llmq.simd import call, pause
 from llmq.simd.vector import ADDRESS, I64, op, pointer
 
-GENERATION, STOP, ARRIVED, RELEASED, SEEN = 0, 64, 128, 192, 256
+GENERATION, STOP, SEEN = 0, 64, 128
 # A waiting loop turns about this often in a millisecond or two; tokens follow each other faster than that.
 SPINS_BEFORE_PARKING = 40_000
 SPINS_BEFORE_YIELDING = 2_000
@@ -47,20 +48,14 @@ run_job = call(types.int64, types.int64)
 
 
 @jit
-def barrier(shared, n_threads):
-    """Wait until all threads are here."""
-    if n_threads > 1:
-        turn = load_shared(shared + RELEASED)
-        if fetch_add(shared + ARRIVED, 1) == n_threads - 1:
-            store_shared(shared + ARRIVED, 0)
-            store_shared(shared + RELEASED, turn + 1)
-        else:
-            spins = 0
-            while load_shared(shared + RELEASED) == turn:
-                pause()
-                spins += 1
-                if spins % SPINS_BEFORE_YIELDING == 0:
-                    yield_processor()
+def wait_for(at, value):
+    """Wait until the shared word is `value`."""
+    spins = 0
+    while load_shared(at) != value:
+        pause()
+        spins += 1
+        if spins % SPINS_BEFORE_YIELDING == 0:
+            yield_processor()
 
 
 @kernel(*(types.int64,) * 4, name="serve")
@@ -79,6 +74,13 @@ def serve(shared, job, function, thread):
             spins += 1
             if spins % SPINS_BEFORE_YIELDING == 0:
                 yield_processor()
+
+
+@kernel(types.int64, types.int64, types.int64, name="settle")
+def settle(shared, n_threads, generation):
+    """Wait until every worker has left the job."""
+    for thread in range(1, n_threads):
+        wait_for(shared + SEEN + 64 * thread, generation)
 
 
 @kernel(types.int64, types.int64, name="publish")
@@ -119,6 +121,8 @@ class Team:
                 if self._asleep:
                     self._wake.notify_all()
         call_here(self._job.ctypes.data, 0)
+        if self._workers:
+            settle(self.shared, self.n_threads, self._generation)
 
     def close(self) -> None:
         self._stopped = True

@@ -7,7 +7,7 @@ import numpy as np
 from llmq.cache import KVRing
 from llmq.config import ModelConfig
 from llmq.engine.forward import forward
-from llmq.engine.job import COUNTERS_PER_LAYER, JOB
+from llmq.engine.job import JOB, PHASE_BYTES, PHASES_BESIDES, PHASES_PER_LAYER
 from llmq.engine.plan import Plan, make_plan
 from llmq.gguf import GGUF
 from llmq.kernels.activation import GROUP_BYTES
@@ -31,11 +31,11 @@ class Engine:
         self._rows = 0
         self._memory: dict[str, np.ndarray] = {}
         self._job = np.zeros(1, JOB)
-        self._counters = np.zeros(COUNTERS_PER_LAYER * config.n_layers + 1, np.int64)
+        self._phases = aligned(PHASE_BYTES * (PHASES_PER_LAYER * config.n_layers + PHASES_BESIDES))
         self._team = Team(n_threads, forward.address, self._job)
         for name, value in (
-            ("model", self.plan.model.ctypes.data), ("shared", self._team.shared),
-            ("counters", self._counters.ctypes.data), ("n_threads", n_threads),
+            ("model", self.plan.model.ctypes.data),
+            ("phases", self._phases.ctypes.data), ("n_threads", n_threads),
             *((kernel.name, kernel.address) for kernel in (attend8, attend4, attend1)),
         ):  # fmt: skip
             self._job[name] = value
@@ -72,7 +72,7 @@ class Engine:
         if not self.config.n_experts:
             self._one_expert(n_rows)
         step = max(1, int(WORK_PER_CALL / (self._layer_bytes * n_rows)))
-        self._counters[:] = 0
+        self._phases[:] = 0
         for first in range(0, n_layers, step):
             self._job["first_layer"], self._job["end_layer"] = first, min(first + step, n_layers)
             self._team.run(forward)

@@ -8,16 +8,19 @@ from llmq.kernels.activation import FLOAT, GROUP_BYTES, K, prepare_group
 from llmq.kernels.dot import DOT_TYPES
 from llmq.kernels.panel import PANEL_TYPES, ROWS
 from llmq.simd import call, load_f32, record_at, store_f32
-from llmq.team import fetch_add
+from llmq.team import fetch_add, wait_for
 
-COUNTERS_PER_LAYER = 5
+# A phase is a list of items that threads take and finish. Its words: items taken (0), number of items where that is not
+# known beforehand (8), items finished (64, on a cache line of its own).
+PHASES_PER_LAYER, PHASES_BESIDES, PHASE_BYTES = 12, 3, 128
+NORM, PROJECT, ROTATE, ATTEND, PREPARE, OUTPUT, ROUTE, GROUP, PREPARE_FFN, GATE_UP, PREPARE_DOWN, DOWN = range(12)
 
 # Addresses of buffers, sizes of this batch, and what a call covers.
 JOB = np.dtype(
     [
         (name, np.int64)
         for name in (
-            "model", "shared", "counters", "n_threads", "first_layer", "end_layer",
+            "model", "phases", "n_threads", "first_layer", "end_layer",
             "n_rows", "tokens", "positions", "rings", "capacities", "n_outputs", "output_rows", "logits",
             "x", "normed", "act0", "act1", "act2", "q", "k", "v", "attended", "angles", "hidden",
             "chosen", "chosen_weights", "entries", "entry_weights", "starts", "active", "scratch", "scratch_bytes",
@@ -29,12 +32,6 @@ JOB = np.dtype(
 job_at, layer_at, model_at = record_at(JOB), record_at(LAYER), record_at(MODEL)
 LAYER_BYTES = LAYER.itemsize
 call_dot, call_panel = call(*DOT_TYPES), call(*PANEL_TYPES)
-
-
-@jit
-def share(n, thread, n_threads):
-    """This thread's even part of 0..n."""
-    return n * thread // n_threads, n * (thread + 1) // n_threads
 
 
 @jit
@@ -80,11 +77,20 @@ def product(job, out, m, expert, row, first, count, panel):
 
 
 @jit
-def next_items(job, counter, n_items):
-    """The next run of items that no thread has taken."""
+def take(job, phase, n_items, finished):
+    """Report items that are finished, and take the next run of items that no thread has taken."""
+    at = job.phases + PHASE_BYTES * phase
+    if finished:
+        fetch_add(at + 64, finished)
     grain = max(1, n_items // (job.n_threads * 8))
-    begin = fetch_add(job.counters + 8 * counter, grain)
+    begin = fetch_add(at, grain)
     return min(begin, n_items), min(begin + grain, n_items)
+
+
+@jit
+def wait_until_done(job, phase, n_items):
+    """All items of the phase are finished, by whomever."""
+    wait_for(job.phases + PHASE_BYTES * phase + 64, n_items)
 
 
 @jit
@@ -95,10 +101,14 @@ def store_tile(out, stride, tile, n_rows, count):
 
 
 @jit
-def prepare_all(job, kinds, x, n, thread):
+def prepare_all(job, phase, kinds, x, n):
     """Prepare the batch's rows of x, shared out by groups."""
     n_groups = n_blocks(n, 256)
-    begin, end = share(job.n_rows * n_groups, thread, job.n_threads)
-    for item in range(begin, end):
-        row, g = item // n_groups, item % n_groups
-        prepare_rows(job, kinds, x, n, row, row, 0, job.n_rows, g, g + 1)
+    n_items = job.n_rows * n_groups
+    begin, end = take(job, phase, n_items, 0)
+    while begin < end:
+        for item in range(begin, end):
+            row, g = item // n_groups, item % n_groups
+            prepare_rows(job, kinds, x, n, row, row, 0, job.n_rows, g, g + 1)
+        begin, end = take(job, phase, n_items, end - begin)
+    wait_until_done(job, phase, n_items)

@@ -1,6 +1,6 @@
 """Self-attention of a batch: project, rotate, store, attend, project back."""
 
-from llmq.engine.job import n_blocks, next_items, product, share, store_tile
+from llmq.engine.job import n_blocks, product, store_tile, take, wait_until_done
 from llmq.jit import jit
 from llmq.kernels.attention import ATTEND_TYPES, QUERIES, store_kv
 from llmq.kernels.elementwise import rope
@@ -11,11 +11,11 @@ call_attend = call(*ATTEND_TYPES)
 
 
 @jit
-def project_qkv(job, layer, counter, tile, panel):
+def project_qkv(job, layer, phase, tile, panel):
     """q, k, v = normed times three matrices, as one list of 16-row strips."""
     nq, nk = n_blocks(layer.attn_q.rows, ROWS), n_blocks(layer.attn_k.rows, ROWS)
     n_items = nq + nk + n_blocks(layer.attn_v.rows, ROWS)
-    begin, end = next_items(job, counter, n_items)
+    begin, end = take(job, phase, n_items, 0)
     while begin < end:
         for item in range(begin, end):
             if item < nq:
@@ -26,7 +26,8 @@ def project_qkv(job, layer, counter, tile, panel):
                 m, out, row = layer.attn_v, job.v, (item - nq - nk) * ROWS
             product(job, tile, m, 0, row, 0, job.n_rows, panel)
             store_tile(out + 4 * row, m.rows, tile, min(ROWS, m.rows - row), job.n_rows)
-        begin, end = next_items(job, counter, n_items)
+        begin, end = take(job, phase, n_items, end - begin)
+    wait_until_done(job, phase, n_items)
 
 
 @jit
@@ -39,19 +40,28 @@ def ring_at(job, model, row, layer, head):
 
 
 @jit
-def rotate_and_store(job, model, layer, thread):
-    """RoPE on q and k; k and v go into the ring at slot position % capacity."""
+def rotate_head(job, model, layer, row, head):
+    """One KV head of one row, and the query heads that read it."""
     hd, n_rep = model.head_dim, model.n_heads // model.n_kv_heads
-    begin, end = share(job.n_rows * model.n_kv_heads, thread, job.n_threads)
-    for item in range(begin, end):
-        row, head = item // model.n_kv_heads, item % model.n_kv_heads
-        angles = job.angles + 4 * row * hd
-        for h in range(head * n_rep, (head + 1) * n_rep):
-            rope(job.q + 4 * (row * model.n_heads + h) * hd, angles, hd // 2, model.rope_step, model.rope_gap)
-        k = job.k + 4 * (row * model.n_kv_heads + head) * hd
-        rope(k, angles, hd // 2, model.rope_step, model.rope_gap)
-        keys, values, capacity = ring_at(job, model, row, layer, head)
-        store_kv(keys, values, load_i64(job.positions + 8 * row) % capacity, k, job.v + (k - job.k), hd)
+    angles = job.angles + 4 * row * hd
+    for h in range(head * n_rep, (head + 1) * n_rep):
+        rope(job.q + 4 * (row * model.n_heads + h) * hd, angles, hd // 2, model.rope_step, model.rope_gap)
+    k = job.k + 4 * (row * model.n_kv_heads + head) * hd
+    rope(k, angles, hd // 2, model.rope_step, model.rope_gap)
+    keys, values, capacity = ring_at(job, model, row, layer, head)
+    store_kv(keys, values, load_i64(job.positions + 8 * row) % capacity, k, job.v + (k - job.k), hd)
+
+
+@jit
+def rotate_and_store(job, model, layer, phase):
+    """RoPE on q and k; k and v go into the ring at slot position % capacity."""
+    n_items = job.n_rows * model.n_kv_heads
+    begin, end = take(job, phase, n_items, 0)
+    while begin < end:
+        for item in range(begin, end):
+            rotate_head(job, model, layer, item // model.n_kv_heads, item % model.n_kv_heads)
+        begin, end = take(job, phase, n_items, end - begin)
+    wait_until_done(job, phase, n_items)
 
 
 @jit
@@ -75,13 +85,13 @@ def attend_span(job, model, layer, head, row, until, scratch):
 
 
 @jit
-def attend_rows(job, model, layer, counter, scratch):
+def attend_rows(job, model, layer, phase, scratch):
     """attended = softmax(q k / sqrt(head_dim)) v; rows of one ring and the heads of one KV head go together."""
     n_rep = model.n_heads // model.n_kv_heads
     span = max(1, QUERIES // n_rep)
     n_spans = n_blocks(job.n_rows, span)
     n_items = n_spans * model.n_kv_heads
-    begin, end = next_items(job, counter, n_items)
+    begin, end = take(job, phase, n_items, 0)
     while begin < end:
         for item in range(begin, end):
             head, row = item // n_spans, item % n_spans * span
@@ -92,15 +102,16 @@ def attend_rows(job, model, layer, counter, scratch):
                     until += 1
                 attend_span(job, model, layer, head, row, until, scratch)
                 row = until
-        begin, end = next_items(job, counter, n_items)
+        begin, end = take(job, phase, n_items, end - begin)
+    wait_until_done(job, phase, n_items)
 
 
 @jit
-def add_output(job, layer, counter, tile, panel):
+def add_output(job, layer, phase, tile, panel):
     """x += attended times attn_output."""
     m = layer.attn_output
     n_items = n_blocks(m.rows, ROWS)
-    begin, end = next_items(job, counter, n_items)
+    begin, end = take(job, phase, n_items, 0)
     while begin < end:
         for item in range(begin, end):
             row = item * ROWS
@@ -109,4 +120,5 @@ def add_output(job, layer, counter, tile, panel):
                 for r in range(min(ROWS, m.rows - row)):
                     at = job.x + 4 * (t * m.rows + row + r)
                     store_f32(at, load_f32(at) + load_f32(tile + 64 * t + 4 * r))
-        begin, end = next_items(job, counter, n_items)
+        begin, end = take(job, phase, n_items, end - begin)
+    wait_until_done(job, phase, n_items)
