@@ -11,10 +11,10 @@ import psutil
 
 from llmq.cache import KVRing, ring_bytes
 from llmq.config import ModelConfig, check_tensors, read_config
-from llmq.engine.cpu import Engine
+from llmq.engine.cpu import BATCH, Engine
 from llmq.errors import FileFormatError, ResourceError, UsageError
 from llmq.generate import Generation
-from llmq.gguf import GGUF, open_gguf
+from llmq.gguf import GGUF, open_gguf, quoted
 from llmq.jit import compile_log
 from llmq.prompt import Message, build_prompt, prompt_version
 from llmq.sampler import Sampling
@@ -22,11 +22,16 @@ from llmq.store import resolve
 from llmq.tokenizer import Tokenizer, load_tokenizer
 
 DEFAULT_CONTEXT = 4096
+MAX_POSITIONS = 2**31 - 1
 DEFAULT_SAMPLING = Sampling()
 
 
 class Model:
-    """A loaded model and one conversation's cache. Not for use by several threads at once."""
+    """A loaded model and one conversation's cache. Not for use by several threads at once.
+
+    One reply is read at a time: when the next begins, an older one that is read on raises UsageError, as does every
+    use after close().
+    """
 
     def __init__(self, gguf: GGUF, config: ModelConfig, n_ctx: int, n_threads: int) -> None:
         self.path: Path = gguf.path
@@ -39,6 +44,8 @@ class Model:
         self._ring = KVRing(config, n_ctx, config.window, self._engine.batch)
         self._ids: list[int] = []  # what the ring holds, from position 0
         self._tokenizer: Tokenizer | None = None
+        self._turns = 0
+        self._closed = False
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -93,8 +100,12 @@ class Model:
         return start + self.tokenizer.encode(text)
 
     def logits(self, ids: Sequence[int], *, all_positions: bool = True) -> np.ndarray:
-        """Logits f32 [n, vocab_size] after each id, or after the last (n = 1); the conversation is left alone."""
+        """Logits f32 [n, vocab_size] after each id, or after the last (n = 1); the conversation is left alone.
+
+        Raises UsageError for no ids, more than the context holds, or an id outside the vocabulary.
+        """
         self._check_ids(ids)
+        self._check_file()
         ring = KVRing(self.config, self.n_ctx, self.config.window, self._engine.batch)
         found = []
         for first in range(0, len(ids), self._engine.batch):
@@ -108,7 +119,7 @@ class Model:
 
     def start(self, ids: Sequence[int]) -> int:
         """Go back to where the cache and `ids` part; the number of ids that stay cached (never all of them)."""
-        self._check_file()
+        self._turns += 1
         same = 0
         for mine, theirs in zip(self._ids[: self._ring.length], ids[:-1], strict=False):
             if mine != theirs:
@@ -121,6 +132,7 @@ class Model:
 
     def read(self, ids: Sequence[int]) -> np.ndarray:
         """Append ids to the conversation; logits f32 [vocab_size] after the last."""
+        self._check_file()
         for first in range(0, len(ids), self._engine.batch):
             part = list(ids[first : first + self._engine.batch])
             at = len(self._ids)
@@ -131,6 +143,8 @@ class Model:
         return logits[0]
 
     def close(self) -> None:
+        """Ends the threads and lets go of the file."""
+        self._closed = True
         self._engine.close()
         self._gguf.close()
 
@@ -146,10 +160,10 @@ class Model:
         self._check_ids(ids)
         if max_tokens < 1:
             raise UsageError(f"max_tokens is {max_tokens}; it must be at least 1")
-        return Generation(self, ids, sampling=sampling, max_tokens=max_tokens, stop=stop, continues=continues)
+        return Generation(Turn(self), ids, sampling=sampling, max_tokens=max_tokens, stop=stop, continues=continues)
 
     def _check_ids(self, ids: Sequence[int]) -> None:
-        if not ids:
+        if len(ids) == 0:
             raise UsageError("the prompt is empty")
         if len(ids) > self.n_ctx:
             raise UsageError(
@@ -160,9 +174,34 @@ class Model:
             raise UsageError(f"token ids go from 0 to {self.config.vocab_size - 1}")
 
     def _check_file(self) -> None:
-        """A mapped file that has been cut short would end the process at the first missing page."""
+        """A file that is unmapped, or has been cut short, would end the process at the first missing page."""
+        if self._closed:
+            raise UsageError(f"{quoted(self.path.name)} has been closed; load it again")
         if self.path.exists() and self.path.stat().st_size < self._n_bytes:
-            raise FileFormatError(f"{self.path.name} has become shorter since it was opened; get it again")
+            raise FileFormatError(f"{quoted(self.path.name)} has become shorter since it was opened; get it again")
+
+
+class Turn:
+    """One reply's hold on a model's cache, lost when the next one starts."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._number = 0
+        self.tokenizer = model.tokenizer
+
+    @property
+    def room(self) -> int:
+        return self._model.room
+
+    def start(self, ids: Sequence[int]) -> int:
+        reused = self._model.start(ids)
+        self._number = self._model._turns
+        return reused
+
+    def read(self, ids: Sequence[int]) -> np.ndarray:
+        if self._number != self._model._turns:
+            raise UsageError("another reply of this model has begun since; read one at a time, or load it twice")
+        return self._model.read(ids)
 
 
 def load(
@@ -196,16 +235,16 @@ def load(
 def _with_window(config: ModelConfig, window: int | None) -> ModelConfig:
     if window is None:
         return config
-    if window < 0:
-        raise UsageError(f"the window is {window}; give a number of tokens, or 0 for none")
+    if not 0 <= window <= MAX_POSITIONS:
+        raise UsageError(f"the window is {window}; give a number of tokens up to {MAX_POSITIONS}, or 0 for none")
     return dataclasses.replace(config, window=window)
 
 
 def _context(config: ModelConfig, n_ctx: int | None) -> int:
     if n_ctx is None:
         return config.context_length if config.window else min(config.context_length, DEFAULT_CONTEXT)
-    if n_ctx < 1:
-        raise UsageError(f"the context is {n_ctx} tokens; it must be at least 1")
+    if not 1 <= n_ctx <= MAX_POSITIONS:
+        raise UsageError(f"the context is {n_ctx} tokens; it must be from 1 to {MAX_POSITIONS}")
     if n_ctx > config.context_length and not config.window:
         raise UsageError(
             f"the context is {n_ctx} tokens, and this model was trained for {config.context_length}; "
@@ -225,7 +264,7 @@ def _threads(threads: int | None) -> int:
 
 def _check_memory(config: ModelConfig, n_ctx: int) -> None:
     """Refuse what would make the machine swap: the weights are mapped and can be dropped, the cache cannot."""
-    needed = ring_bytes(config, min(n_ctx, config.window + 512) if config.window else n_ctx)
+    needed = ring_bytes(config, min(n_ctx, config.window + BATCH) if config.window else n_ctx)
     available = psutil.virtual_memory().available
     if needed > available:
         raise ResourceError(

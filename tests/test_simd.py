@@ -15,6 +15,7 @@ from llmq.simd import (
     count16,
     dot_i16x16,
     dot_u7s8,
+    dot_u7s8_scaled,
     dot_u8s8,
     exp_f32x16,
     f32_of_bf16x16,
@@ -65,8 +66,10 @@ from llmq.simd import (
     tile_load,
     tile_store,
     transpose_i32,
-    twice_i8x16,
+    twice_high,
+    twice_low,
     where_between,
+    widen_u64x2,
     zero_i32x8,
 )
 
@@ -156,13 +159,17 @@ def run_unpack(out, x):
     store_u8x64(out + 64, join_u8x32(nibbles_u8x32(load_u8x16(x)), nibbles_u8x32(load_u8x16(x + 16))))
     store_u8x64(out + 128, shifted_bits(load_u8x32(x), np.uint8(2), np.uint8(4), np.uint8(3), np.uint8(4)))
     store_u8x64(out + 192, join_u8x32(bits_u8x32(load_u32(x)), load_u8x32(x)))
-    store_i8x16(out + 256, twice_i8x16(np.uint64(load_u32(x)) | (np.uint64(load_u32(x + 4)) << np.uint64(32))))
-    store_i16x16(out + 272, i16_of_i8x16(load_i8x16(x)))
+    store_i16x16(out + 256, i16_of_i8x16(load_i8x16(x)))
+    low = np.uint64(load_u32(x)) | (np.uint64(load_u32(x + 4)) << np.uint64(32))
+    both = widen_u64x2(low, np.uint64(load_u32(x + 8)) | (np.uint64(load_u32(x + 12)) << np.uint64(32)))
+    store_i16x16(out + 288, both)
+    store_i16x16(out + 320, twice_low(both))
+    store_i16x16(out + 352, twice_high(both))
 
 
 def test_unpacking() -> None:
     x = np.random.default_rng(2).integers(0, 256, 32, dtype=np.uint8)
-    out = np.zeros(304, np.uint8)
+    out = np.zeros(384, np.uint8)
     run_unpack(address(out), address(x))
     low, high = (x & 15).tolist(), (x >> 4).tolist()
     assert out[:64].tolist() == low + high
@@ -171,17 +178,35 @@ def test_unpacking() -> None:
     word = int.from_bytes(x[:4].tobytes(), "little")
     assert out[192:224].tolist() == [word >> i & 1 for i in range(32)]
     assert out[224:256].tolist() == x.tolist()
-    assert out[256:272].tolist() == [b for b in x[:8].tolist() for _ in range(2)]
-    assert out[272:].view(np.int16).tolist() == x[:16].view(np.int8).tolist()
+    assert out[256:288].view(np.int16).tolist() == x[:16].view(np.int8).tolist()
+    assert out[288:320].view(np.int16).tolist() == x[:16].tolist()
+    assert out[320:352].view(np.int16).tolist() == [b for b in x[:8].tolist() for _ in range(2)]
+    assert out[352:].view(np.int16).tolist() == [b for b in x[8:16].tolist() for _ in range(2)]
 
 
 @compiled
-def run_spread(out, scales):
-    for_ = load_i8x16(scales)
-    store_i32x16(out, spread(for_, 0))
-    store_i32x16(out + 64, spread(for_, 1))
-    store_i32x16(out + 128, spread(for_, 2))
-    store_i32x16(out + 192, spread(for_, 3))
+def run_scaled_dots(out, acc, u, s, scales):
+    for_ = load_i16x16(scales)
+    store_i32x16(out, dot_u7s8_scaled(load_i32x16(acc), load_u8x64(u), load_i8x64(s), spread(for_, 0)))
+    store_i32x16(out + 64, dot_u7s8_scaled(load_i32x16(acc), load_u8x64(u), load_i8x64(s), spread(for_, 1)))
+    store_i32x16(out + 128, dot_u7s8_scaled(load_i32x16(acc), load_u8x64(u), load_i8x64(s), spread(for_, 2)))
+    store_i32x16(out + 192, dot_u7s8_scaled(load_i32x16(acc), load_u8x64(u), load_i8x64(s), spread(for_, 3)))
+
+
+@pytest.mark.parametrize("extreme", [False, True])
+def test_scaled_dots(extreme: bool) -> None:
+    """Four weights to a sum, sixteen to a scale; 127 * 127 * 2 is the most that 16 bits have to hold."""
+    rng = np.random.default_rng(4)
+    acc = rng.integers(-(2**20), 2**20, 16, dtype=np.int32)
+    u = np.full(64, 127, np.uint8) if extreme else rng.integers(0, 128, 64, dtype=np.uint8)
+    s = np.full(64, -127, np.int8) if extreme else rng.integers(-127, 128, 64, dtype=np.int8)
+    scales = np.full(16, -128, np.int16) if extreme else rng.integers(-128, 128, 16, dtype=np.int16)
+    out = np.zeros((4, 16), np.int32)
+    run_scaled_dots(address(out), address(acc), address(u), address(s), address(scales))
+    sums = (u.astype(int) * s.astype(int)).reshape(16, 4).sum(axis=1)
+    for j in range(4):
+        expected = [int(acc[lane] + scales[4 * j + lane // 4] * sums[lane]) for lane in range(16)]
+        assert out[j].tolist() == expected
 
 
 @compiled
@@ -196,11 +221,7 @@ def run_transpose(out, rows):
     tile_store(out, 64, store)
 
 
-def test_spread_and_transpose() -> None:
-    scales = np.arange(-8, 8, dtype=np.int8)
-    out = np.zeros((4, 16), np.int32)
-    run_spread(address(out), address(scales))
-    assert out.tolist() == [[int(scales[4 * j + lane // 4]) for lane in range(16)] for j in range(4)]
+def test_transpose() -> None:
     rows = np.random.default_rng(3).integers(-(2**31), 2**31, (16, 16)).astype(np.int32)
     columns = np.zeros((16, 16), np.int32)
     run_transpose(address(columns), address(rows))

@@ -19,6 +19,7 @@ from llmq.simd import (
     copy_bytes,
     dot_i16x16,
     dot_u7s8,
+    dot_u7s8_scaled,
     dot_u8s8,
     f32_of_i32x8,
     f32_of_i32x16,
@@ -53,10 +54,10 @@ def _k_row(unpack: KFormat, size: int) -> Any:
         for _ in range(n_groups):
             d, dm = factors(w)
             dx, q, scale = load_f32(x), x + VALUES, scales(w)
-            low = dot_u7s8(zero, lanes(w, 0), load_i8x64(q)) * spread(scale, 0)
-            low += dot_u7s8(zero, lanes(w, 1), load_i8x64(q + 64)) * spread(scale, 1)
-            high = dot_u7s8(zero, lanes(w, 2), load_i8x64(q + 128)) * spread(scale, 2)
-            high += dot_u7s8(zero, lanes(w, 3), load_i8x64(q + 192)) * spread(scale, 3)
+            low = dot_u7s8_scaled(zero, lanes(w, 0), load_i8x64(q), spread(scale, 0))
+            low = dot_u7s8_scaled(low, lanes(w, 1), load_i8x64(q + 64), spread(scale, 1))
+            high = dot_u7s8_scaled(zero, lanes(w, 2), load_i8x64(q + 128), spread(scale, 2))
+            high = dot_u7s8_scaled(high, lanes(w, 3), load_i8x64(q + 192), spread(scale, 3))
             acc = fma(f32_of_i32x16(low + high), splat_f32x16(d * dx), acc)
             sums = dot_i16x16(zero_i32x8(), mins(w), load_i16x16(x + SUMS16))
             below = fma8(f32_of_i32x8(sums), splat_f32x8(dm * dx), below)

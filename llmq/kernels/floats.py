@@ -10,13 +10,11 @@ from llmq.kernels.unpack import BlockFormat, FloatFormat, KFormat, group_bytes
 from llmq.simd import (
     clear_bytes,
     copy_bytes,
-    load_i8,
     load_i16,
     load_u8,
     stack,
     store_f32,
     store_f32x16,
-    store_i8x16,
     store_i16x16,
     store_u8x64,
 )
@@ -31,14 +29,14 @@ def _k_group(unpack: KFormat) -> Any:
     @jit
     def group(out, w):
         u, scale, low = stack(64), stack(64), stack(64)
-        store_i8x16(scale, scales(w))
+        store_i16x16(scale, scales(w))
         store_i16x16(low, mins(w))
         d, dm = factors(w)
         for j in range(4):
             store_u8x64(u, lanes(w, j))
             for i in range(64):
                 s = 4 * j + (i >> 4)
-                x = d * np.float32(load_i8(scale + s)) * np.float32(load_u8(u + i))
+                x = d * np.float32(load_i16(scale + 2 * s)) * np.float32(load_u8(u + i))
                 store_f32(out + 256 * j + 4 * i, x - dm * np.float32(load_i16(low + 2 * s)))
 
     return group

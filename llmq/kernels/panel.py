@@ -25,7 +25,6 @@ from llmq.simd import (
     as_i32x16,
     clear_bytes,
     copy_bytes,
-    i32_of_i8x16,
     i32_of_i16x16,
     load_f32x16,
     load_i16x32,
@@ -104,7 +103,7 @@ def _k_pack(unpack: KFormat) -> Any:
 
     @jit
     def wide_scales(w, _i):
-        return i32_of_i8x16(scales(w))
+        return i32_of_i16x16(scales(w))
 
     @jit
     def wide_mins(w, _i):

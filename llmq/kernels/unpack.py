@@ -22,6 +22,7 @@ from llmq.simd import (
     i16_of_i8x16,
     join_u8x32,
     load_f16,
+    load_f16_pair,
     load_f16x16,
     load_f32x16,
     load_i8x16,
@@ -35,7 +36,9 @@ from llmq.simd import (
     shifted_bits,
     splat_u8x32,
     splat_u8x64,
-    twice_i8x16,
+    twice_high,
+    twice_low,
+    widen_u64x2,
 )
 
 GROUP = 256
@@ -48,7 +51,7 @@ class KFormat:
     format: Format
     sub: int  # weights per scale: 32 or 16
     lanes: Callable[..., Any]  # (w, j) -> u8x64, below 128
-    scales: Callable[..., Any]  # (w) -> i8x16, one per 16 weights
+    scales: Callable[..., Any]  # (w) -> i16x16, one per 16 weights
     mins: Callable[..., Any]  # (w) -> i16x16, one per 16 weights
     factors: Callable[..., Any]  # (w) -> d, dm
 
@@ -79,26 +82,30 @@ LOW6, LOW4, LOW2 = np.uint32(0x3F3F3F3F), np.uint32(0x0F0F0F0F), np.uint32(0x030
 
 
 @jit
-def _six_bits(low, packed, high):
-    upper = packed | (((high >> np.uint32(6)) & LOW2) << np.uint32(4))
-    return np.uint64(low & LOW6) | (np.uint64(upper) << np.uint64(32))
+def _scales_and_mins(w):
+    """i16x16: the eight scales, then the eight mins."""
+    a, b, c = load_u32(w + 4), load_u32(w + 8), load_u32(w + 12)
+    scales = (c & LOW4) | (((a >> np.uint32(6)) & LOW2) << np.uint32(4))
+    mins = ((c >> np.uint32(4)) & LOW4) | (((b >> np.uint32(6)) & LOW2) << np.uint32(4))
+    return widen_u64x2(
+        np.uint64(a & LOW6) | (np.uint64(scales) << np.uint64(32)),
+        np.uint64(b & LOW6) | (np.uint64(mins) << np.uint64(32)),
+    )
 
 
 @jit
 def k45_scales(w):
-    a, c = load_u32(w + 4), load_u32(w + 12)
-    return twice_i8x16(_six_bits(a, c & LOW4, a))
+    return twice_low(_scales_and_mins(w))
 
 
 @jit
 def k45_mins(w):
-    b, c = load_u32(w + 8), load_u32(w + 12)
-    return i16_of_i8x16(twice_i8x16(_six_bits(b, (c >> np.uint32(4)) & LOW4, b)))
+    return twice_high(_scales_and_mins(w))
 
 
 @jit
 def k45_factors(w):
-    return load_f16(w), load_f16(w + 2)
+    return load_f16_pair(w)
 
 
 @jit
@@ -123,7 +130,7 @@ def q6_k_lanes(w, j):
 
 @jit
 def q6_k_scales(w):
-    return load_i8x16(w + 192)
+    return i16_of_i8x16(load_i8x16(w + 192))
 
 
 @jit

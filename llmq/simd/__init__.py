@@ -22,12 +22,10 @@ from llmq.simd.basics import (
     i8_of_i32x16,
     i16_of_i8x16,
     i32_of_f32x16,
-    i32_of_i8x16,
     i32_of_i16x16,
     load_f32,
     load_f32x16,
     load_f64,
-    load_i8,
     load_i8x16,
     load_i8x64,
     load_i16,
@@ -64,9 +62,9 @@ from llmq.simd.basics import (
     zero_i32x8,
 )
 from llmq.simd.calls import call, pause, record_at, stack
-from llmq.simd.dot import dot_i16x16, dot_u7s8, dot_u8s8
+from llmq.simd.dot import dot_i16x16, dot_u7s8, dot_u7s8_scaled, dot_u8s8
 from llmq.simd.exp import exp_f32x16
-from llmq.simd.half import load_f16, load_f16x16, store_f16, store_f16x16
+from llmq.simd.half import load_f16, load_f16_pair, load_f16x16, store_f16, store_f16x16
 from llmq.simd.tile import (
     tile_dot16_u7,
     tile_dot32_u7,
@@ -91,6 +89,8 @@ from llmq.simd.unpack import (
     spread,
     transpose_f32,
     transpose_i32,
-    twice_i8x16,
+    twice_high,
+    twice_low,
+    widen_u64x2,
 )
 from llmq.simd.vector import ADDRESS, F16, F32, I64, ISA, TILE, f32x16, i8x16, i16x16, ll, pointer, splat, u8x64

@@ -74,10 +74,10 @@ def _load_scalar(t: types.Type, to: ir.Type) -> Any:
 
 load_u8x64, load_i8x64, load_u8x32, load_u8x16, load_i8x16 = map(_load, (u8x64, i8x64, u8x32, u8x16, i8x16))
 load_i16x32, load_i16x16, load_u16x16 = map(_load, (i16x32, i16x16, u16x16))
-load_i32x16, load_f32x16, load_f32x8 = map(_load, (i32x16, f32x16, f32x8))
-load_u32, load_u64 = _load_scalar(types.uint32, I32), _load_scalar(types.uint64, I64)
+load_i32x16, load_f32x16 = map(_load, (i32x16, f32x16))
+load_u32 = _load_scalar(types.uint32, I32)
 load_i32, load_i64 = _load_scalar(types.int32, I32), _load_scalar(types.int64, I64)
-load_i16, load_i8 = _load_scalar(types.int16, I16), _load_scalar(types.int8, I8)
+load_i16 = _load_scalar(types.int16, I16)
 load_u8 = _load_scalar(types.uint8, I8)
 load_f64 = _load_scalar(types.float64, ir.DoubleType())
 load_f32 = _load_scalar(types.float32, F32)
@@ -110,18 +110,8 @@ def _clear(b: Any, to: Any, n: Any) -> None:
 copy_bytes = op(_copy, types.void, ADDRESS, ADDRESS, types.int64)
 clear_bytes = op(_clear, types.void, ADDRESS, types.int64)
 
-
-def _prefetch(b: Any, address: Any) -> None:
-    read, keep, data = (ir.Constant(I32, v) for v in (0, 3, 1))
-    call_intrinsic(b, "llvm.prefetch.p0", ir.VoidType(), pointer(b, address, I8), read, keep, data)
-
-
-prefetch = op(_prefetch, types.void, ADDRESS)
-
 # Making, converting, reducing.
-splat_u8x64, splat_u8x32, splat_u8x16 = (
-    op(lambda b, x, n=n: splat(b, x, n), v, types.uint8) for v, n in ((u8x64, 64), (u8x32, 32), (u8x16, 16))
-)
+splat_u8x64, splat_u8x32 = (op(lambda b, x, n=n: splat(b, x, n), v, types.uint8) for v, n in ((u8x64, 64), (u8x32, 32)))
 splat_i32x16 = op(lambda b, x: splat(b, x, 16), i32x16, types.int32)
 splat_f32x16 = op(lambda b, x: splat(b, x, 16), f32x16, types.float32)
 zero_i32x8 = op(lambda _b: ir.Constant(ll(i32x8), None), i32x8)
@@ -133,12 +123,9 @@ f32_of_bf16x16 = op(
     lambda b, x: b.bitcast(b.shl(b.zext(x, ll(i32x16)), const(ll(i32x16), [16] * 16)), ll(f32x16)), f32x16, u16x16
 )
 i16_of_i8x16 = op(lambda b, x: b.sext(x, ll(i16x16)), i16x16, i8x16)
-i32_of_i8x16 = op(lambda b, x: b.sext(x, ll(i32x16)), i32x16, i8x16)
 i32_of_i16x16 = op(lambda b, x: b.sext(x, ll(i32x16)), i32x16, i16x16)
 i8_of_i32x16 = op(lambda b, x: b.trunc(x, ll(i8x16)), i8x16, i32x16)
-as_u8x64 = op(lambda b, x: b.bitcast(x, ll(u8x64)), u8x64, i32x16)
 as_i32x16 = op(lambda b, x: b.bitcast(x, ll(i32x16)), i32x16, u8x64)
-bits_of_f32x16 = op(lambda b, x: b.bitcast(x, ll(i32x16)), i32x16, f32x16)
 f32x16_of_bits = op(lambda b, x: b.bitcast(x, ll(f32x16)), f32x16, i32x16)
 
 add_lanes_i32x16 = op(lambda b, x: call_intrinsic(b, "llvm.vector.reduce.add.v16i32", I32, x), types.int32, i32x16)

@@ -4,6 +4,8 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
+from numba.core.typing.templates import signature
+from numba.extending import intrinsic
 
 from llmq.simd.vector import ADDRESS, F16, F32, I16, I32, ISA, const, f32x16, i32x16, ll, op, pointer, splat, u16x16
 
@@ -47,6 +49,18 @@ def _narrow(b: Any, x: Any) -> Any:
 
 load_f16x16 = op(lambda b, a: _widen(b, b.load(pointer(b, a, ll(u16x16)), align=1)), f32x16, ADDRESS)
 load_f16 = op(lambda b, a: _widen(b, b.load(pointer(b, a, I16), align=1)), types.float32, ADDRESS)
+
+
+@intrinsic
+def load_f16_pair(typingctx: Any, address: Any) -> Any:  # noqa: ARG001
+    """Two half floats side by side, as two floats."""
+
+    def codegen(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        both = _widen(b, b.load(pointer(b, args[0], ir.VectorType(I16, 2)), align=1))
+        items = [b.extract_element(both, ir.Constant(I32, i)) for i in range(2)]
+        return context.make_tuple(b, sig.return_type, items)
+
+    return signature(types.UniTuple(types.float32, 2), ADDRESS), codegen
 
 
 def _store_f16(b: Any, address: Any, x: Any) -> None:

@@ -5,7 +5,22 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 
-from llmq.simd.vector import I8, const, f32x16, i8x16, i16x32, i32x16, ll, op, shuffle, splat, u8x16, u8x32, u8x64
+from llmq.simd.vector import (
+    I32,
+    I64,
+    const,
+    f32x16,
+    i16x16,
+    i16x32,
+    i32x16,
+    ll,
+    op,
+    shuffle,
+    splat,
+    u8x16,
+    u8x32,
+    u8x64,
+)
 
 
 def _nibbles(b: Any, x: Any) -> Any:
@@ -51,25 +66,36 @@ bits_u8x32 = op(_bits32, u8x32, types.uint32)
 
 
 def _spread(b: Any, scales: Any, j: Any) -> Any:
-    """Lanes 4i to 4i+3 of part `j` (0..3) take scale 4j + i: one i32 lane holds the dot product of 4 weights."""
-    parts = [shuffle(b, scales, scales, [4 * part + lane // 4 for lane in range(16)]) for part in range(4)]
+    """i16 lanes 8i to 8i+7 of part `j` (0..3) take scale 4j + i: 16 weights, two to a lane."""
+    parts = [shuffle(b, scales, scales, [4 * part + lane // 8 for lane in range(32)]) for part in range(4)]
     picked = parts[3]
     for part in (2, 1, 0):
         picked = b.select(b.icmp_signed("==", j, ir.Constant(j.type, part)), parts[part], picked)
-    return b.sext(picked, ll(i32x16))
+    return picked
 
 
-# i8x16 scales of 16 weights each, and which 64 weights (a literal, so that the choice folds away)
-spread = op(_spread, i32x16, i8x16, types.int64)
+# i16x16 scales of 16 weights each, and which 64 weights (a literal, so that the choice folds away)
+spread = op(_spread, i16x32, i16x16, types.int64)
 
 
-def _twice(b: Any, word: Any) -> Any:
-    bytes_ = b.bitcast(word, ir.VectorType(I8, 8))
-    return shuffle(b, bytes_, bytes_, [i // 2 for i in range(16)])
+def _widen_bytes(b: Any, low: Any, high: Any) -> Any:
+    """Sixteen bytes, the first eight from `low`, as i16."""
+    word = const(ir.VectorType(I64, 2), [0, 0])
+    for i, half in enumerate((low, high)):
+        word = b.insert_element(word, half, ir.Constant(I32, i))
+    return b.zext(b.bitcast(word, ll(u8x16)), ll(i16x16))
 
 
-# 8 bytes to 16 lanes, each byte two times
-twice_i8x16 = op(_twice, i8x16, types.uint64)
+widen_u64x2 = op(_widen_bytes, i16x16, types.uint64, types.uint64)
+
+
+def _twice(b: Any, x: Any, start: int) -> Any:
+    return shuffle(b, x, x, [start + i // 2 for i in range(16)])
+
+
+# the first or the last eight lanes, each two times
+twice_low = op(lambda b, x: _twice(b, x, 0), i16x16, i16x16)
+twice_high = op(lambda b, x: _twice(b, x, 8), i16x16, i16x16)
 
 
 def _pair(b: Any, low: Any, high: Any) -> Any:
