@@ -15,6 +15,7 @@ from llmq.gguf import GGUF, quoted
 ARCHITECTURE = "llama"
 # Far above every known model; they keep what follows from a damaged number small.
 MAX_LAYERS, MAX_SIZE, MAX_EXPERTS, MAX_EXPERTS_USED = 1024, 2**24, 64, 8
+MAX_HEAD_DIM = 1024  # what the attention kernels have room for
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,8 +149,8 @@ def _check_heads(config: ModelConfig, keys: _Keys) -> None:
             raise keys.unsupported(f"{ARCHITECTURE}.{name} is not the head size, {config.head_dim}")
     if config.n_heads % config.n_kv_heads:
         raise keys.damaged(f"{config.n_heads} heads cannot share {config.n_kv_heads} key-value heads")
-    if config.head_dim % 16:
-        raise keys.unsupported(f"its head size is {config.head_dim}, not a multiple of 16")
+    if config.head_dim % 16 or config.head_dim > MAX_HEAD_DIM:
+        raise keys.unsupported(f"its head size is {config.head_dim}, not a multiple of 16 up to {MAX_HEAD_DIM}")
     sizes = {"width": config.dim, "attention width": config.n_heads * config.head_dim, "feed-forward": config.ffn_dim}
     for what, size in sizes.items():
         if size % 32:

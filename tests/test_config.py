@@ -132,6 +132,11 @@ WRONG: list[tuple[dict[str, Any], type[LlmqError], str]] = [
         UnsupportedError,
         "head size is 24",
     ),
+    (
+        {f"llama.{name}": 1040 for name in ("attention.key_length", "attention.value_length", "rope.dimension_count")},
+        UnsupportedError,
+        "head size is 1040",
+    ),
     ({"llama.embedding_length": 72}, UnsupportedError, "width size is 72"),
     ({"llama.feed_forward_length": 100}, UnsupportedError, "feed-forward size is 100"),
 ]
