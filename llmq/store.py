@@ -62,6 +62,8 @@ def resolve(name_or_path: str | os.PathLike[str]) -> Path:
     UsageError where there is no such model, and what to do instead.
     """
     text = os.fspath(name_or_path)
+    if not text:
+        raise UsageError("the model's name is empty; `llmq list` shows what is installed")
     if text == BUNDLED:
         return BUNDLED_PATH
     path = Path(text)

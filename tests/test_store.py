@@ -85,6 +85,7 @@ def test_a_stored_name_wins_over_a_folder_of_that_name(tmp_path: Path) -> None:
         ("missing.gguf", "check the path"),
         ("./missing", "check the path"),
         (".", "llmq quantize"),
+        ("", "llmq list"),
         ("x" * 500, "llmq list"),
     ],
 )
