@@ -10,7 +10,7 @@ import typer
 
 from cli.screen import is_terminal, note, one_line, show_compiling, size
 from llmq.errors import UsageError
-from llmq.store import make_private, model_path, models_dir
+from llmq.store import NAME, make_private, model_path, models_dir
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
@@ -59,6 +59,8 @@ def default_out(source: Path, preset: str) -> Path:
     """<source>-<type> in the store; a GGUF's name loses the type at its end, so that none is piled on another."""
     stem = source.absolute().name if source.is_dir() else source.stem
     stem = re.sub(r"[-.](f16|bf16|f32|fp16|fp32)$", "", stem, flags=re.IGNORECASE)
+    if not NAME.fullmatch(f"{stem}-{preset}"):
+        raise UsageError(f"{f'{stem}-{preset}'[:70]!a} is not a model name; give the file to write with -o")
     path = model_path(f"{stem}-{preset}")
     make_private(path.parent)
     return path

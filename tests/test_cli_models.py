@@ -130,7 +130,7 @@ def test_quantize_writes_where_it_is_told(models, tmp_path, capsys) -> None:
         (["a.gguf", "--type", "q4_9"], "no type 'q4_9'"),
         (["nowhere"], "nowhere"),
         (["a.gguf", "-o", "a.gguf"], "a.gguf"),
-        (["with space.gguf"], "not a model name"),
+        (["with space.gguf"], "not a model name; give the file to write with -o"),
         ([], "SOURCE"),
     ],
 )
