@@ -63,8 +63,10 @@ def main() -> None:
         signal.signal(signal.SIGHUP, leave)
     try:
         code = execute(sys.argv[1:])
+    except BrokenPipeError:
+        code = 141  # Not even the line about an error found a reader,
     except OSError:
-        code = 141  # Not even the line about an error found a reader.
+        code = 1  # or room.
     sys.exit(finish(code))
 
 
@@ -84,7 +86,7 @@ def execute(arguments: list[str]) -> int:
     except LlmqError as error:
         return fail(str(error), error.exit_code)
     except TyperException as error:
-        return fail(f"{error.format_message()} Try `llmq --help`.", error.exit_code)
+        return fail(f"{error.format_message().rstrip('.')}; try `llmq --help`", error.exit_code)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
@@ -113,6 +115,7 @@ def os_error_line(error: OSError) -> str:
         errno.ENOSPC: "; free some disk space",
         errno.EACCES: "; check who may read or write there",
         errno.EROFS: "; choose a place that can be written to",
+        errno.ENOTDIR: "; it lies below something that is not a folder",
     }
     return f"{where}{reason}{hints.get(error.errno or 0, '')}"
 

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -311,6 +312,7 @@ def test_a_full_disk_is_one_line() -> None:
         last = done.stderr.decode().splitlines()[-1]
         assert last == "llmq: No space left on device; free some disk space"
         assert b"Exception ignored" not in done.stderr
+    assert spawn(["list"], shell="2> /dev/full").returncode == 1
 
 
 @needs_bash
@@ -345,12 +347,35 @@ def test_odd_environments(environment) -> None:
     assert spawn(["list"], **environment).returncode == 0
 
 
+EARLY = """
+import os, signal, sys
+class Press:
+    def find_spec(self, name, path, target=None):
+        if name == "cli.main":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Press())
+from cli.start import start
+start()
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals are POSIX's")
+def test_ctrl_c_before_the_program_is_loaded_says_nothing() -> None:
+    done = subprocess.run([sys.executable, "-c", EARLY], cwd=ROOT, capture_output=True)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, b"")
+
+
 def test_bytes_that_are_no_text_do_not_stop_a_prompt() -> None:
     done = subprocess.run([*FAKE, "run", b"caf\xe9 \xff"], cwd=ROOT, env=os.environ, capture_output=True)
     assert done.returncode == 0, done.stderr
     piped = subprocess.run([*FAKE, "run"], cwd=ROOT, env=os.environ, capture_output=True, input=b"caf\xe9 \xff\x00 ok")
     assert piped.returncode == 0, piped.stderr
     assert piped.stdout.startswith(b"one two. [1: caf")
+
+
+def test_a_command_line_error_points_to_the_help(capsys) -> None:
+    assert llmq(capsys, "run", "--nothing") == (2, "", "llmq: No such option: --nothing; try `llmq --help`\n")
+    assert llmq(capsys, "rm") == (2, "", "llmq: Missing argument 'NAME'; try `llmq --help`\n")
 
 
 def test_os_errors_name_the_file_and_the_next_step() -> None:
