@@ -22,7 +22,7 @@ from llmq.store import resolve
 from llmq.tokenizer import Tokenizer, load_tokenizer
 
 DEFAULT_CONTEXT = 4096
-MAX_POSITIONS = 2**31 - 1
+MAX_POSITIONS = 2**31
 DEFAULT_SAMPLING = Sampling()
 
 
