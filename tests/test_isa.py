@@ -106,7 +106,7 @@ for fmt in (Q4_K, Q8_0):
     ("isa", "has", "has_not"),
     [
         ("avx2", "vpmaddubsw", ("vpdpbusd", "zmm")),
-        ("avxvnni", "vpdpbusd", ("vpmaddubsw", "zmm")),
+        ("avxvnni", "vpdpbusd", ("zmm",)),
         ("generic", "pmaddwd", ("vpdpbusd", "ymm", "zmm")),
     ],
 )
