@@ -287,7 +287,7 @@ def test_bad_options(path: Path, options: dict[str, Any], says: str) -> None:
 
 def test_a_context_beyond_memory(path: Path) -> None:
     with pytest.raises(ResourceError, match="GiB"):
-        load(path, window=2**31, n_ctx=2**31)
+        load(path, window=2**31 - 1, n_ctx=2**31 - 1)
 
 
 def test_no_such_model(tmp_path: Path) -> None:
@@ -316,7 +316,7 @@ def test_a_closed_model_says_so(path: Path) -> None:
     next(reply, None)
     model.close()
     model.close()
-    for use in (lambda: model.logits([1, 5]), lambda: model.generate([1, 5]), lambda: next(reply)):
+    for use in (lambda: model.logits([1, 5]), lambda: next(reply), lambda: next(model.generate([1, 5]))):
         with pytest.raises(UsageError, match="closed"):
             use()
 
