@@ -124,11 +124,14 @@ class StopTexts:
         self._held = ""
 
     def feed(self, piece: str) -> tuple[str, bool]:
-        """What can be shown now, and whether a stop text was met; that one and all behind it are not shown."""
+        """What can be shown now, and whether a stop text was met; that one and all behind it are not shown.
+
+        The one that is complete first counts, the longest of those, however the text was cut into pieces.
+        """
         self._held += piece
-        found = [at for text in self._texts if (at := self._held.find(text)) >= 0]
+        found = [(at + len(text), at) for text in self._texts if (at := self._held.find(text)) >= 0]
         if found:
-            return self._held[: min(found)], True
+            return self._held[: min(found)[1]], True
         keep = max((self._overlap(text) for text in self._texts), default=0)
         ready, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return ready, False
