@@ -157,6 +157,7 @@ class Model:
     def _generation(
         self, ids: list[int], sampling: Sampling, max_tokens: int, stop: Sequence[str], *, continues: bool
     ) -> Generation:
+        self._check_file()
         self._check_ids(ids)
         if max_tokens < 1:
             raise UsageError(f"max_tokens is {max_tokens}; it must be at least 1")

@@ -55,7 +55,7 @@ reply = model.generate([1, 40, 50], max_tokens=400)
 next(reply)
 model.close()
 model.close()
-for use in (lambda: list(reply), lambda: list(model.generate([1, 2])), lambda: model.logits([1, 2])):
+for use in (lambda: list(reply), lambda: model.generate([1, 2]), lambda: model.logits([1, 2])):
     try:
         use()
     except UsageError as error:
