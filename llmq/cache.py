@@ -26,21 +26,27 @@ class KVRing:
         self.window = window
         self.n_ctx = n_ctx
         self.length = 0
+        self._first = 0  # the oldest position that has not been overwritten
         self.memory: np.ndarray = aligned(ring_bytes(config, self.capacity))
 
     @property
     def address(self) -> int:
         return self.memory.ctypes.data
 
+    def claim(self, n: int) -> None:
+        """`n` more positions are going to be written: what their slots hold is lost, even if writing is interrupted."""
+        self._first = max(self._first, self.length + n - self.capacity)
+
     def advance(self, n: int) -> None:
         """`n` more positions have been written."""
+        self.claim(n)
         self.length += n
 
     def keepable(self, length: int) -> int:
         """The longest prefix of `length` positions or fewer that can be continued: 0 when the ring has gone past it."""
         length = min(length, self.length)
         first_needed = max(0, length - self.window + 1) if self.window else 0
-        return length if first_needed >= self.length - self.capacity else 0
+        return length if first_needed >= self._first else 0
 
     def truncate(self, length: int) -> None:
         """Forget all positions from `length` on.
@@ -50,6 +56,8 @@ class KVRing:
         if self.keepable(length) != length:
             raise UsageError(f"the cache cannot go back to position {length}: that part of it is overwritten")
         self.length = length
+        if length == 0:
+            self._first = 0
 
 
 def ring_bytes(config: ModelConfig, capacity: int) -> int:

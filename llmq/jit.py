@@ -5,9 +5,11 @@ the machine code and a symbol name, nothing pickled; each file carries its own s
 that belongs to the user alone. Whatever is in doubt is compiled again.
 """
 
+import contextlib
 import ctypes
 import hashlib
 import os
+import re
 import stat
 import struct
 import tempfile
@@ -29,6 +31,7 @@ FASTMATH = {"nsz", "arcp", "contract", "afn", "reassoc"}
 OPTIONS: dict[str, Any] = {"error_model": "numpy", "fastmath": FASTMATH}
 MAGIC = b"llmq-kernel-1\n"
 KEPT_STAMPS = 4
+STAMP = re.compile("[0-9a-f]{20}")
 
 # Inner functions are always inlined, so that vectors never pass through a call; they need no entry point of their own.
 INNER: dict[str, Any] = {"forceinline": True, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
@@ -69,6 +72,10 @@ class Kernel:
                 if self._address is None:
                     self._address = self._load() or self._compile()
         return self._address
+
+    def prepare(self) -> None:
+        """Compile it, or load it, now: so that no later call takes longer than its work."""
+        _ = self.address
 
     def __call__(self, *args: Any) -> None:
         if self._call is None:
@@ -127,7 +134,7 @@ def read_cached(path: Path) -> tuple[str, bytes, bytes] | None:
         return None
     head = len(MAGIC) + 32
     payload = raw[head:]
-    if raw[: len(MAGIC)] != MAGIC or raw[len(MAGIC) : head] != hashlib.sha256(payload).digest():
+    if raw[: len(MAGIC)] != MAGIC or raw[len(MAGIC) : head] != _digest(path, payload):
         return None
     n_symbol, n_object = struct.unpack_from("<IQ", payload)
     at = struct.calcsize("<IQ")
@@ -142,12 +149,17 @@ def write_cached(path: Path, symbol: str, objects: bytes, bitcode: bytes) -> Non
         fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=".new-")
         try:
             with os.fdopen(fd, "wb") as file:
-                file.write(MAGIC + hashlib.sha256(payload).digest() + payload)
+                file.write(MAGIC + _digest(path, payload) + payload)
             Path(temporary).replace(path)
         except OSError:
             Path(temporary).unlink(missing_ok=True)
     except OSError:
         return
+
+
+def _digest(path: Path, payload: bytes) -> bytes:
+    """Of the name too: the code of one kernel must not pass for another's."""
+    return hashlib.sha256(path.name.encode() + b"\0" + payload).digest()
 
 
 def cache_root() -> Path:
@@ -170,17 +182,26 @@ def _open_folder() -> Path | None:
     root, stamp = cache_root(), source_stamp()
     folder = root / stamp
     try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        root.chmod(0o700)
-        others = sorted((p for p in root.iterdir() if p.name != stamp), key=lambda p: p.stat().st_mtime)
-        for old in others[:-KEPT_STAMPS]:
-            for file in old.iterdir():
-                file.unlink()
-            old.rmdir()
-        private = is_private(root) and is_private(folder)
+        root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not is_private(root):
+            return None
+        folder.mkdir(exist_ok=True, mode=0o700)
+        if not is_private(folder):
+            return None
     except OSError:
         return None
-    return folder if private else None
+    with contextlib.suppress(OSError):  # another process may be at it too
+        _remove_old(root, stamp)
+    return folder
+
+
+def _remove_old(root: Path, stamp: str) -> None:
+    """Keep the newest of the folders that other versions made; whatever else lies there is not ours."""
+    others = [p for p in root.iterdir() if STAMP.fullmatch(p.name) and p.name != stamp and is_private(p)]
+    for old in sorted(others, key=lambda p: p.stat().st_mtime)[:-KEPT_STAMPS]:
+        for file in old.iterdir():
+            file.unlink()
+        old.rmdir()
 
 
 def is_private(folder: Path) -> bool:

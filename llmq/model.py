@@ -137,6 +137,7 @@ class Model:
             part = list(ids[first : first + self._engine.batch])
             at = len(self._ids)
             outputs = [len(part) - 1] if first + len(part) == len(ids) else []
+            self._ring.claim(len(part))
             logits = self._engine.forward(part, range(at, at + len(part)), [self._ring] * len(part), outputs)
             self._ids += part
             self._ring.advance(len(part))

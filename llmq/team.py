@@ -76,17 +76,19 @@ def serve(shared, job, function, thread):
                 yield_processor()
 
 
-@kernel(types.int64, types.int64, types.int64, name="settle")
-def settle(shared, n_threads, generation):
-    """Wait until every worker has left the job."""
+@kernel(*(types.int64,) * 5, name="lead")
+def lead(shared, n_threads, generation, function, job):
+    """Show the workers a new job, run it as thread 0, and wait until every worker has left it."""
+    store_shared(shared + GENERATION, generation)
+    run_job(function, job, 0)
     for thread in range(1, n_threads):
         wait_for(shared + SEEN + 64 * thread, generation)
 
 
-@kernel(types.int64, types.int64, name="publish")
-def publish(at, value):
-    """A store that other threads see after everything stored before it."""
-    store_shared(at, value)
+@kernel(types.int64, name="dismiss")
+def dismiss(shared):
+    """Send the workers home."""
+    store_shared(shared + STOP, 1)
 
 
 def aligned(n_bytes: int) -> np.ndarray:
@@ -106,27 +108,30 @@ class Team:
         self.shared = self._memory.ctypes.data
         self._generation = 0
         self._stopped = False
+        for helper in (serve, lead, dismiss):
+            helper.prepare()
         self._asleep = 0
         self._wake = threading.Condition()
         self._workers = [threading.Thread(target=self._work, args=(i,), daemon=True) for i in range(1, n_threads)]
         for worker in self._workers:
             worker.start()
 
-    def run(self, call_here: Any) -> None:
-        """One job: every worker runs it, and so does `call_here(job address, 0)` in this thread."""
+    def run(self) -> None:
+        """One job: every thread of the team runs `function` on it, this one too.
+
+        Workers see the job, finish it and leave it within one compiled call: a KeyboardInterrupt comes before or after,
+        never between, where the next job would be written under the eyes of workers still at this one.
+        """
         self._generation += 1
         if self._workers:
-            publish(self.shared + GENERATION, self._generation)
             with self._wake:
                 if self._asleep:
                     self._wake.notify_all()
-        call_here(self._job.ctypes.data, 0)
-        if self._workers:
-            settle(self.shared, self.n_threads, self._generation)
+        lead(self.shared, self.n_threads, self._generation, self._function, self._job.ctypes.data)
 
     def close(self) -> None:
         self._stopped = True
-        publish(self.shared + STOP, 1)
+        dismiss(self.shared)
         with self._wake:
             self._wake.notify_all()
         for worker in self._workers:

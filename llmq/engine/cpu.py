@@ -75,7 +75,7 @@ class Engine:
         self._phases[:] = 0
         for first in range(0, n_layers, step):
             self._job["first_layer"], self._job["end_layer"] = first, min(first + step, n_layers)
-            self._team.run(forward)
+            self._team.run()
         return rows["logits"]
 
     def close(self) -> None:
