@@ -157,3 +157,10 @@ def test_the_top_level_is_the_architecture() -> None:
     made_by_tools = {"build", "dist", "llmq.egg-info"}
     assert expected <= shown
     assert not shown - expected - made_by_tools
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+def test_what_a_page_names_is_there(page: Path) -> None:
+    """A claim stands on the test or the script that it names."""
+    for named in re.findall(r"`((?:tests|bench)/[\w.*]+)`", page.read_text("utf-8")):
+        assert list(ROOT.glob(named)), f"{page.name} names {named}"
