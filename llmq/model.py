@@ -39,7 +39,7 @@ class Model:
         self.n_ctx = n_ctx
         self.n_threads = n_threads
         self._gguf = gguf
-        self._n_bytes = self.path.stat().st_size
+        self._status = self.path.stat()
         self._engine = Engine(gguf, config, n_threads)
         self._ring = KVRing(config, n_ctx, config.window, self._engine.batch)
         self._ids: list[int] = []  # what the ring holds, from position 0
@@ -179,7 +179,11 @@ class Model:
         """A file that is unmapped, or has been cut short, would end the process at the first missing page."""
         if self._closed:
             raise UsageError(f"{quoted(self.path.name)} has been closed; load it again")
-        if self.path.exists() and self.path.stat().st_size < self._n_bytes:
+        try:
+            now = self.path.stat()
+        except OSError:
+            return  # removed: what is mapped lives on, as it does behind another file of that name
+        if os.path.samestat(now, self._status) and now.st_size < self._status.st_size:
             raise FileFormatError(f"{quoted(self.path.name)} has become shorter since it was opened; get it again")
 
 

@@ -1,5 +1,6 @@
-"""What a model may not be asked for: two replies in turns, anything after close(), numbers beyond any position."""
+"""A model that is asked for two replies in turns, used after close(), or loses its file's name."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +71,21 @@ def test_a_closed_model_says_so(path: Path, threads: str) -> None:
         [sys.executable, "-c", CLOSED, str(path), threads], capture_output=True, text=True, timeout=120, check=True
     )
     assert done.stdout.splitlines() == [f"{path.name!r} has been closed; load it again"] * 3
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a mapped file cannot be replaced there")
+@pytest.mark.parametrize("replaced", [True, False])
+def test_a_file_that_is_replaced_or_removed_is_read_on(path: Path, tmp_path: Path, replaced: bool) -> None:
+    copy = tmp_path / "model.gguf"
+    copy.write_bytes(path.read_bytes())
+    with load(copy) as model:
+        expected = model.logits(PROMPT)
+        if replaced:
+            (tmp_path / "new").write_bytes(b"GGUF, and shorter")
+            (tmp_path / "new").replace(copy)
+        else:
+            copy.unlink()
+        np.testing.assert_array_equal(model.logits(PROMPT), expected)
 
 
 def test_ids_may_be_an_array(path: Path) -> None:
