@@ -24,7 +24,6 @@ class KVRing:
         needed = min(n_ctx, window + batch) if window else n_ctx
         self.capacity = -(-needed // BLOCK) * BLOCK
         self.window = window
-        self.n_ctx = n_ctx
         self.length = 0
         self._first = 0  # the oldest position that has not been overwritten
         self.memory: np.ndarray = aligned(ring_bytes(config, self.capacity))

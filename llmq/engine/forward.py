@@ -1,9 +1,8 @@
 """The forward pass: one compiled call per thread, whose layer loop reads like the paper.
 
-A batch is rows of (token, position, KV ring). A step is a list of items that threads take
-from a counter, and the next step begins when all are finished, so that slow and fast cores stay busy together and a
-thread that is not running holds nobody up. Mixture layers put the rows of
-each expert together first; a dense layer is one expert that takes every row.
+A batch is rows of (token, position, KV ring). A step is a list of items that threads take from a counter, and the next
+step begins when all are finished, so that slow and fast cores stay busy together and a thread that is not running holds
+nobody up. Mixture layers put the rows of each expert together first; a dense layer is one expert that takes every row.
 """
 
 from numba import types

@@ -37,7 +37,7 @@ LAYER = np.dtype(
 )
 MODEL = np.dtype(
     [
-        *_ints("n_layers", "dim", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "vocab_size", "n_experts", "n_used"),
+        *_ints("n_layers", "dim", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "n_experts", "n_used"),
         *_ints("window", "rope_step", "rope_gap", "frequencies", "output_norm", "layers", "floats"),
         ("rms_eps", np.float32),
         ("token_embd", MATRIX),
@@ -69,7 +69,6 @@ def kernels(fmt: Format) -> Kernels:
 class Plan:
     """Records for compiled code, and what keeps their addresses valid."""
 
-    config: ModelConfig
     model: np.ndarray  # MODEL [1]
     layers: np.ndarray  # LAYER [n_layers]
     frequencies: np.ndarray  # f64 [head_dim / 2]
@@ -77,7 +76,7 @@ class Plan:
 
     @property
     def layer_bytes(self) -> int:
-        """Weights read by one layer for one token (all experts counted)."""
+        """Bytes of one layer's weights, all experts counted."""
         return sum(info.n_bytes for name, info in self.gguf.tensors.items() if name.startswith("blk.0."))
 
 
@@ -90,7 +89,7 @@ def make_plan(gguf: GGUF, config: ModelConfig) -> Plan:
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
     frequencies = (np.float32(1) / np.float32(config.rope_base) ** exponents).astype(np.float64)
     model = np.zeros(1, MODEL)
-    for name in ("n_layers", "dim", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "vocab_size", "rms_eps"):
+    for name in ("n_layers", "dim", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "rms_eps"):
         model[name] = getattr(config, name)
     model["n_experts"], model["n_used"] = max(1, config.n_experts), max(1, config.n_experts_used)
     model["window"] = config.window or 2**40
@@ -101,7 +100,7 @@ def make_plan(gguf: GGUF, config: ModelConfig) -> Plan:
     model["token_embd"] = _matrix(gguf, embedding)
     model["floats"] = kernels(gguf.tensors[embedding].format).floats.address
     model["output"] = _matrix(gguf, embedding if config.tied_embeddings else "output.weight")
-    return Plan(config, model, layers, frequencies, gguf)
+    return Plan(model, layers, frequencies, gguf)
 
 
 def _fill_layer(layer: np.ndarray, gguf: GGUF, config: ModelConfig, prefix: str) -> None:
