@@ -62,9 +62,9 @@ def speak(generation: "Generation", key: StopKey | None = None) -> str:
 def explain_stop(stop_reason: str, max_tokens: int, n_ctx: int) -> None:
     """Says why a reply that did not come to its own end was cut."""
     if stop_reason == "length":
-        note(f"[cut after {max_tokens} tokens; -n or /set n allows more]")
+        note(f"[cut after {max_tokens} tokens; a larger n allows more]")
     elif stop_reason == "context":
-        note(f"[cut: the context of {n_ctx} tokens is full; /clear begins anew, --ctx makes room]")
+        note(f"[cut: the context of {n_ctx} tokens is full; a larger --ctx makes room]")
     elif stop_reason == "interrupted":
         note("[interrupted]")
 

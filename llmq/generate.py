@@ -98,8 +98,12 @@ class Generation:
                 yield ready
             if self.stop_reason == "interrupted":
                 logits = self._read_token(token)
-        if self.stop_reason != "stop" and (rest := stop.flush(self._decoder.flush())):
-            yield rest
+        if self.stop_reason != "stop":
+            rest, found = stop.flush(self._decoder.flush())
+            if found:
+                self.stop_reason = "stop"
+            if rest:
+                yield rest
 
     def _read_prompt(self, prompt: list[int]) -> np.ndarray:
         start = time.perf_counter()
@@ -136,10 +140,10 @@ class StopTexts:
         ready, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return ready, False
 
-    def flush(self, rest: str) -> str:
-        """What is left to show at the end."""
+    def flush(self, rest: str) -> tuple[str, bool]:
+        """What is left to show at the end, and whether `rest` completed a stop text."""
         ready, found = self.feed(rest)
-        return ready if found else ready + self._held
+        return (ready, True) if found else (ready + self._held, False)
 
     def _overlap(self, text: str) -> int:
         """Length of the longest end of what is held that begins `text`."""

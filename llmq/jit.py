@@ -1,8 +1,8 @@
 """The one way to compile: `jit` for inner functions, `kernel` for entry points with a verified on-disk cache.
 
 A kernel takes addresses and scalars and is called through ctypes, which lets go of the GIL. What is kept on disk is
-the machine code and a symbol name, nothing pickled; each file carries its own sha256 and is read only from a folder
-that belongs to the user alone. Whatever is in doubt is compiled again.
+the machine code, its bitcode and a symbol name, nothing pickled; each file carries its own sha256 and is read only from
+a folder that belongs to the user alone. Whatever is in doubt is compiled again.
 """
 
 import contextlib

@@ -160,6 +160,8 @@ class Model:
     ) -> Generation:
         self._check_file()
         self._check_ids(ids)
+        if isinstance(stop, str):
+            raise UsageError("stop is one text; give a list of texts")
         if max_tokens < 1:
             raise UsageError(f"max_tokens is {max_tokens}; it must be at least 1")
         return Generation(Turn(self), ids, sampling=sampling, max_tokens=max_tokens, stop=stop, continues=continues)

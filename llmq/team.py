@@ -108,9 +108,9 @@ class Team:
         self.shared = self._memory.ctypes.data
         self._generation = 0
         self._stopped = False
+        self._busy = False
         for helper in (serve, lead, dismiss):
             helper.prepare()
-        self._asleep = 0
         self._wake = threading.Condition()
         self._workers = [threading.Thread(target=self._work, args=(i,), daemon=True) for i in range(1, n_threads)]
         for worker in self._workers:
@@ -122,12 +122,15 @@ class Team:
         Workers see the job, finish it and leave it within one compiled call: a KeyboardInterrupt comes before or after,
         never between, where the next job would be written under the eyes of workers still at this one.
         """
-        self._generation += 1
-        if self._workers:
-            with self._wake:
-                if self._asleep:
+        try:
+            if self._workers:
+                with self._wake:
+                    self._busy = True
                     self._wake.notify_all()
-        lead(self.shared, self.n_threads, self._generation, self._function, self._job.ctypes.data)
+            self._generation += 1
+            lead(self.shared, self.n_threads, self._generation, self._function, self._job.ctypes.data)
+        finally:
+            self._busy = False
 
     def close(self) -> None:
         self._stopped = True
@@ -138,11 +141,8 @@ class Team:
             worker.join()
 
     def _work(self, thread: int) -> None:
-        seen = self._memory[SEEN + 64 * thread :][:8].view(np.int64)
         while not self._stopped:
             serve(self.shared, self._job.ctypes.data, self._function, thread)
             with self._wake:
-                self._asleep += 1
-                while seen[0] == self._generation and not self._stopped:
+                while not self._busy and not self._stopped:
                     self._wake.wait()
-                self._asleep -= 1

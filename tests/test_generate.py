@@ -34,8 +34,8 @@ def watched(pieces: Sequence[str], stops: Sequence[str]) -> tuple[str, bool]:
         shown += ready
         if found:
             return shown, True
-    rest = watcher.flush("")
-    return shown + rest, False
+    rest, found = watcher.flush("")
+    return shown + rest, found
 
 
 few_letters = st.text("ab", max_size=12)
@@ -53,13 +53,13 @@ def test_what_may_become_a_stop_text_is_held_back() -> None:
     assert watcher.feed("/en") == ("", False)
     assert watcher.feed("tity") == ("</entity", False)
     assert watcher.feed("S") == ("", False)
-    assert watcher.flush("T") == "ST"
+    assert watcher.flush("T") == ("ST", False)
 
 
 def test_the_last_piece_may_complete_a_stop_text() -> None:
     watcher = StopTexts(["\ufffd!"])
     assert watcher.feed("a\ufffd") == ("a", False)
-    assert watcher.flush("! b") == ""
+    assert watcher.flush("! b") == ("", True)
 
 
 # ---- the loop

@@ -260,6 +260,7 @@ def test_a_stop_text(model: Model) -> None:
         ([1, -1], {}, "0 to 511"),
         ([1] * 201, {}, "201 tokens"),
         ([1], {"max_tokens": 0}, "max_tokens"),
+        ([1], {"stop": "the"}, "list of texts"),
     ],
 )
 def test_bad_prompts(model: Model, prompt: list[int], options: dict[str, Any], says: str) -> None:

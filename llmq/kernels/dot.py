@@ -11,7 +11,7 @@ from numba import types
 
 from llmq.jit import Kernel, jit, kernel
 from llmq.kernels.activation import SUMS16, VALUES
-from llmq.kernels.unpack import GROUP, BlockFormat, FloatFormat, KFormat, group_bytes
+from llmq.kernels.unpack import BlockFormat, FloatFormat, KFormat, group_bytes
 from llmq.simd import (
     add_lanes_f32x8,
     add_lanes_f32x16,
@@ -117,23 +117,16 @@ def make_dot(unpack: KFormat | BlockFormat | FloatFormat) -> Kernel:
     """Kernel: out[r] = row r at `w` . x for `n_rows` rows of `n_groups` whole groups and `tail_bytes` more."""
     size = group_bytes(unpack.format)
     row = MAKERS[type(unpack)](unpack, size)
-    if unpack.format.block_size == GROUP:
 
-        def dot(out, w, row_bytes, n_rows, x, x_stride, n_groups, tail_bytes):  # noqa: ARG001
-            for r in range(n_rows):
-                store_f32(out + 4 * r, row(w + r * row_bytes, x, x_stride, n_groups))
-
-    else:
-
-        def dot(out, w, row_bytes, n_rows, x, x_stride, n_groups, tail_bytes):
-            padded = stack(size)
-            for r in range(n_rows):
-                at = w + r * row_bytes
-                value = row(at, x, x_stride, n_groups)
-                if tail_bytes:
-                    clear_bytes(padded, size)
-                    copy_bytes(padded, at + n_groups * size, tail_bytes)
-                    value += row(padded, x + n_groups * x_stride, x_stride, 1)
-                store_f32(out + 4 * r, value)
+    def dot(out, w, row_bytes, n_rows, x, x_stride, n_groups, tail_bytes):
+        padded = stack(size)
+        for r in range(n_rows):
+            at = w + r * row_bytes
+            value = row(at, x, x_stride, n_groups)
+            if tail_bytes:
+                clear_bytes(padded, size)
+                copy_bytes(padded, at + n_groups * size, tail_bytes)
+                value += row(padded, x + n_groups * x_stride, x_stride, 1)
+            store_f32(out + 4 * r, value)
 
     return kernel(*DOT_TYPES, name=f"dot_{unpack.format.name.lower()}")(dot)

@@ -92,7 +92,7 @@ def _dot_block(dot: Callable[..., Any], n: int) -> Any:
 
 # 32 or 16 weights of 16 rows; bytes below 128, or any
 tile_dot32_u7, tile_dot32_u8 = _dot_block(dot_small, 8), _dot_block(dot_full, 8)
-tile_dot16_u7, tile_dot16_u8 = _dot_block(dot_small, 4), _dot_block(dot_full, 4)
+tile_dot16_u7 = _dot_block(dot_small, 4)
 
 
 def _dot_pairs(b: Any, i: int, acc: Any, x: Any, at: Any, stride: Any) -> Any:
