@@ -6,23 +6,29 @@ import numpy as np
 import pytest
 from compiled import address, compiled
 
+from llmq.jit import jit
 from llmq.simd import (
     abs_f32x16,
+    add_lanes_f32x4,
     add_lanes_f32x8,
     add_lanes_f32x16,
     add_lanes_i32x16,
     bits_u8x32,
     count16,
+    dot_i16x8,
     dot_i16x16,
     dot_u7s8,
+    dot_u7s8_half,
     dot_u7s8_scaled,
     dot_u8s8,
     exp_f32x16,
     f32_of_bf16x16,
+    f32_of_i32x4,
     f32_of_i32x8,
     fma,
     i8_of_i32x16,
     i16_of_i8x16,
+    i16x8_of_bytes,
     i32_of_f32x16,
     join_u8x32,
     load_f16,
@@ -30,7 +36,9 @@ from llmq.simd import (
     load_f32,
     load_f32x16,
     load_i8x16,
+    load_i8x32,
     load_i8x64,
+    load_i16x8,
     load_i16x16,
     load_i16x32,
     load_i32x16,
@@ -42,9 +50,9 @@ from llmq.simd import (
     max_f32x16,
     max_lanes_f32x16,
     nibbles_u8x32,
-    nibbles_u8x64,
     pair_f32x16,
     round_f32x16,
+    scale_pairs,
     shifted_bits,
     splat_f32x16,
     spread,
@@ -55,6 +63,7 @@ from llmq.simd import (
     store_i8x16,
     store_i16x16,
     store_i32,
+    store_i32x8,
     store_i32x16,
     store_u8x64,
     tile_dot32_u7,
@@ -70,6 +79,7 @@ from llmq.simd import (
     twice_low,
     where_between,
     widen_u64x2,
+    zero_i32x4,
     zero_i32x8,
 )
 
@@ -153,15 +163,19 @@ def test_tile_dots(limit: int) -> None:
         np.testing.assert_array_equal(pairs, first @ words.reshape(16, 2).T.astype(np.int64))
 
 
+@jit
+def low_word(x):
+    return np.uint64(load_u32(x)) | (np.uint64(load_u32(x + 4)) << np.uint64(32))
+
+
 @compiled
 def run_unpack(out, x):
-    store_u8x64(out, nibbles_u8x64(load_u8x32(x)))
+    store_i32x8(out, scale_pairs(low_word(x)))
     store_u8x64(out + 64, join_u8x32(nibbles_u8x32(load_u8x16(x)), nibbles_u8x32(load_u8x16(x + 16))))
     store_u8x64(out + 128, shifted_bits(load_u8x32(x), np.uint8(2), np.uint8(4), np.uint8(3), np.uint8(4)))
     store_u8x64(out + 192, join_u8x32(bits_u8x32(load_u32(x)), load_u8x32(x)))
     store_i16x16(out + 256, i16_of_i8x16(load_i8x16(x)))
-    low = np.uint64(load_u32(x)) | (np.uint64(load_u32(x + 4)) << np.uint64(32))
-    both = widen_u64x2(low, np.uint64(load_u32(x + 8)) | (np.uint64(load_u32(x + 12)) << np.uint64(32)))
+    both = widen_u64x2(low_word(x), low_word(x + 8))
     store_i16x16(out + 288, both)
     store_i16x16(out + 320, twice_low(both))
     store_i16x16(out + 352, twice_high(both))
@@ -172,7 +186,7 @@ def test_unpacking() -> None:
     out = np.zeros(384, np.uint8)
     run_unpack(address(out), address(x))
     low, high = (x & 15).tolist(), (x >> 4).tolist()
-    assert out[:64].tolist() == low + high
+    assert out[:32].view(np.uint16).tolist() == [b for b in x[:8].tolist() for _ in range(2)]
     assert out[64:128].tolist() == low[:16] + high[:16] + low[16:] + high[16:]
     assert out[128:192].tolist() == [(b >> 2 & 3) << 4 for b in x.tolist()] + [(b >> 4 & 3) << 4 for b in x.tolist()]
     word = int.from_bytes(x[:4].tobytes(), "little")
@@ -191,6 +205,30 @@ def run_scaled_dots(out, acc, u, s, scales):
     store_i32x16(out + 64, dot_u7s8_scaled(load_i32x16(acc), load_u8x64(u), load_i8x64(s), spread(for_, 1)))
     store_i32x16(out + 128, dot_u7s8_scaled(load_i32x16(acc), load_u8x64(u), load_i8x64(s), spread(for_, 2)))
     store_i32x16(out + 192, dot_u7s8_scaled(load_i32x16(acc), load_u8x64(u), load_i8x64(s), spread(for_, 3)))
+
+
+@compiled
+def run_half_dots(out, u, s, scales, words):
+    acc = dot_u7s8_half(zero_i32x8(), load_u8x32(u), load_i8x32(s), scales)
+    store_i32x8(out, dot_u7s8_half(acc, load_u8x32(u + 32), load_i8x32(s + 32), scales + 4))
+    sums = dot_i16x8(zero_i32x4(), i16x8_of_bytes(low_word(words)), load_i16x8(words + 8))
+    store_f32(out + 32, add_lanes_f32x4(f32_of_i32x4(sums)))
+
+
+@pytest.mark.parametrize("extreme", [False, True])
+def test_half_dots(extreme: bool) -> None:
+    """Thirty-two weights to a scale, and eight mins against eight sums."""
+    rng = np.random.default_rng(5)
+    u = np.full(64, 127, np.uint8) if extreme else rng.integers(0, 128, 64, dtype=np.uint8)
+    s = np.full(64, -127, np.int8) if extreme else rng.integers(-127, 128, 64, dtype=np.int8)
+    scales = np.full(2, 63, np.int16) if extreme else rng.integers(0, 64, 2, dtype=np.int16)
+    mins, sums = rng.integers(0, 64, 8, dtype=np.uint8), rng.integers(-4064, 4065, 8, dtype=np.int16)
+    words = np.concatenate([mins, sums.view(np.uint8)])
+    out = np.zeros(9, np.int32)
+    run_half_dots(address(out), address(u), address(s), address(np.repeat(scales, 2)), address(words))
+    products = (u.astype(int) * s.astype(int)).reshape(2, 8, 4).sum(axis=2)
+    assert out[:8].tolist() == (products * scales[:, None].astype(int)).sum(axis=0).tolist()
+    assert out[8:].view(np.float32)[0] == int(mins.astype(int) @ sums.astype(int))
 
 
 @pytest.mark.parametrize("extreme", [False, True])

@@ -88,7 +88,7 @@ def test_parked_threads_wake_up() -> None:
         for n in range(1, 4):
             run()
             assert job[COUNT] == 3 * n
-            while workers._asleep < 2:  # a millisecond or two of spinning comes first
+            while len(workers._wake._waiters) < 2:  # a millisecond or two of spinning comes first
                 threading.Event().wait(0.001)
 
 

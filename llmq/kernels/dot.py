@@ -10,32 +10,44 @@ import numpy as np
 from numba import types
 
 from llmq.jit import Kernel, jit, kernel
-from llmq.kernels.activation import SUMS16, VALUES
-from llmq.kernels.unpack import BlockFormat, FloatFormat, KFormat, group_bytes
+from llmq.kernels.activation import SUMS16, SUMS32, VALUES
+from llmq.kernels.unpack import GROUP, BlockFormat, FloatFormat, KFormat, group_bytes
 from llmq.simd import (
+    add_lanes_f32x4,
     add_lanes_f32x8,
     add_lanes_f32x16,
     clear_bytes,
     copy_bytes,
+    dot_i16x8,
     dot_i16x16,
     dot_u7s8,
+    dot_u7s8_half,
     dot_u7s8_scaled,
     dot_u8s8,
+    f32_of_i32x4,
     f32_of_i32x8,
     f32_of_i32x16,
     fma,
+    fma4,
     fma8,
+    i16x8_of_bytes,
     load_f32,
     load_f32x16,
+    load_i8x32,
     load_i8x64,
+    load_i16x8,
     load_i16x16,
     pair_f32x16,
+    scale_pairs,
+    splat_f32x4,
     splat_f32x8,
     splat_f32x16,
     splat_i32x16,
     spread,
     stack,
     store_f32,
+    store_i32x8,
+    zero_i32x4,
     zero_i32x8,
 )
 
@@ -43,8 +55,46 @@ from llmq.simd import (
 DOT_TYPES = (types.int64,) * 8
 
 
+def _k32_row(unpack: KFormat, size: int) -> Any:
+    """`_k_row` for formats with 32 weights to a scale, in vectors of 32: the scale is broadcast from memory.
+
+    With 64 weights to a vector a group takes twelve shuffles more, and shuffles are what bounds it.
+    """
+    halves, words, factors = unpack.halves, unpack.words, unpack.factors
+
+    @jit
+    def quarter(even, odd, w, j, q, pairs):
+        low, high = halves(w, j)
+        even = dot_u7s8_half(even, low, load_i8x32(q + 64 * j), pairs + 8 * j)
+        return even, dot_u7s8_half(odd, high, load_i8x32(q + 64 * j + 32), pairs + 8 * j + 4)
+
+    @jit
+    def row(w, x, x_stride, n_groups):
+        acc, below = splat_f32x8(np.float32(0)), splat_f32x4(np.float32(0))
+        pairs = stack(32)
+        for _ in range(n_groups):
+            d, dm = factors(w)
+            scales, mins = words(w)
+            store_i32x8(pairs, scale_pairs(scales))
+            dx, q = load_f32(x), x + VALUES
+            even, odd = quarter(zero_i32x8(), zero_i32x8(), w, 0, q, pairs)
+            even, odd = quarter(even, odd, w, 1, q, pairs)
+            even, odd = quarter(even, odd, w, 2, q, pairs)
+            even, odd = quarter(even, odd, w, 3, q, pairs)
+            acc = fma8(f32_of_i32x8(even + odd), splat_f32x8(d * dx), acc)
+            sums = dot_i16x8(zero_i32x4(), i16x8_of_bytes(mins), load_i16x8(x + SUMS32))
+            below = fma4(f32_of_i32x4(sums), splat_f32x4(dm * dx), below)
+            w += size
+            x += x_stride
+        return add_lanes_f32x8(acc) - add_lanes_f32x4(below)
+
+    return row
+
+
 def _k_row(unpack: KFormat, size: int) -> Any:
     """d * sum(scale * (u . q)) - dm * sum(min * sum(q)), in integers within a group."""
+    if unpack.halves:
+        return _k32_row(unpack, size)
     lanes, scales, mins, factors = unpack.lanes, unpack.scales, unpack.mins, unpack.factors
 
     @jit
@@ -117,16 +167,17 @@ def make_dot(unpack: KFormat | BlockFormat | FloatFormat) -> Kernel:
     """Kernel: out[r] = row r at `w` . x for `n_rows` rows of `n_groups` whole groups and `tail_bytes` more."""
     size = group_bytes(unpack.format)
     row = MAKERS[type(unpack)](unpack, size)
+    has_tail = unpack.format.block_size < GROUP
 
     def dot(out, w, row_bytes, n_rows, x, x_stride, n_groups, tail_bytes):
-        padded = stack(size)
         for r in range(n_rows):
-            at = w + r * row_bytes
-            value = row(at, x, x_stride, n_groups)
-            if tail_bytes:
-                clear_bytes(padded, size)
-                copy_bytes(padded, at + n_groups * size, tail_bytes)
-                value += row(padded, x + n_groups * x_stride, x_stride, 1)
-            store_f32(out + 4 * r, value)
+            store_f32(out + 4 * r, row(w + r * row_bytes, x, x_stride, n_groups))
+        if has_tail and tail_bytes:
+            padded = stack(size)
+            clear_bytes(padded, size)
+            for r in range(n_rows):
+                copy_bytes(padded, w + r * row_bytes + n_groups * size, tail_bytes)
+                tail = row(padded, x + n_groups * x_stride, x_stride, 1)
+                store_f32(out + 4 * r, load_f32(out + 4 * r) + tail)
 
     return kernel(*DOT_TYPES, name=f"dot_{unpack.format.name.lower()}")(dot)

@@ -32,7 +32,6 @@ from llmq.simd import (
     load_u16x16,
     load_u32,
     nibbles_u8x32,
-    nibbles_u8x64,
     shifted_bits,
     splat_u8x32,
     splat_u8x64,
@@ -46,7 +45,11 @@ GROUP = 256
 
 @dataclass(frozen=True, slots=True)
 class KFormat:
-    """Super-blocks of 256: integer scales and mins under two half-float factors."""
+    """Super-blocks of 256: integer scales and mins under two half-float factors.
+
+    Formats with 32 weights to a scale also say how to get at their parts without a shuffle: `halves` are the two halves
+    of `lanes`, and `words` the eight scales and eight mins as bytes.
+    """
 
     format: Format
     sub: int  # weights per scale: 32 or 16
@@ -54,6 +57,8 @@ class KFormat:
     scales: Callable[..., Any]  # (w) -> i16x16, one per 16 weights
     mins: Callable[..., Any]  # (w) -> i16x16, one per 16 weights
     factors: Callable[..., Any]  # (w) -> d, dm
+    halves: Callable[..., Any] | None = None  # (w, j) -> u8x32, u8x32
+    words: Callable[..., Any] | None = None  # (w) -> u64, u64
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,12 +87,12 @@ LOW6, LOW4, LOW2 = np.uint32(0x3F3F3F3F), np.uint32(0x0F0F0F0F), np.uint32(0x030
 
 
 @jit
-def _scales_and_mins(w):
-    """i16x16: the eight scales, then the eight mins."""
+def k45_words(w):
+    """The eight scales and the eight mins, as the bytes of two words."""
     a, b, c = load_u32(w + 4), load_u32(w + 8), load_u32(w + 12)
     scales = (c & LOW4) | (((a >> np.uint32(6)) & LOW2) << np.uint32(4))
     mins = ((c >> np.uint32(4)) & LOW4) | (((b >> np.uint32(6)) & LOW2) << np.uint32(4))
-    return widen_u64x2(
+    return (
         np.uint64(a & LOW6) | (np.uint64(scales) << np.uint64(32)),
         np.uint64(b & LOW6) | (np.uint64(mins) << np.uint64(32)),
     )
@@ -95,12 +100,14 @@ def _scales_and_mins(w):
 
 @jit
 def k45_scales(w):
-    return twice_low(_scales_and_mins(w))
+    scales, mins = k45_words(w)
+    return twice_low(widen_u64x2(scales, mins))
 
 
 @jit
 def k45_mins(w):
-    return twice_high(_scales_and_mins(w))
+    scales, mins = k45_words(w)
+    return twice_high(widen_u64x2(scales, mins))
 
 
 @jit
@@ -109,15 +116,29 @@ def k45_factors(w):
 
 
 @jit
+def q4_k_halves(w, j):
+    x = load_u8x32(w + 16 + 32 * j)
+    return x & splat_u8x32(np.uint8(15)), x >> splat_u8x32(np.uint8(4))
+
+
+@jit
 def q4_k_lanes(w, j):
-    return nibbles_u8x64(load_u8x32(w + 16 + 32 * j))
+    low, high = q4_k_halves(w, j)
+    return join_u8x32(low, high)
+
+
+@jit
+def q5_k_halves(w, j):
+    x, fifth = load_u8x32(w + 48 + 32 * j), load_u8x32(w + 16) >> splat_u8x32(np.uint8(2 * j))
+    one, two, four = splat_u8x32(np.uint8(1)), splat_u8x32(np.uint8(2)), splat_u8x32(np.uint8(4))
+    low = (x & splat_u8x32(np.uint8(15))) | ((fifth & one) << four)
+    return low, (x >> four) | ((fifth & two) << splat_u8x32(np.uint8(3)))
 
 
 @jit
 def q5_k_lanes(w, j):
-    bit = np.uint8(2 * j)
-    fifth = shifted_bits(load_u8x32(w + 16), bit, bit + np.uint8(1), np.uint8(1), np.uint8(4))
-    return nibbles_u8x64(load_u8x32(w + 48 + 32 * j)) | fifth
+    low, high = q5_k_halves(w, j)
+    return join_u8x32(low, high)
 
 
 @jit
@@ -221,8 +242,8 @@ def bf16_lanes(w):
 UNPACK: dict[int, KFormat | BlockFormat | FloatFormat] = {
     unpack.format.id: unpack
     for unpack in (
-        KFormat(Q4_K, 32, q4_k_lanes, k45_scales, k45_mins, k45_factors),
-        KFormat(Q5_K, 32, q5_k_lanes, k45_scales, k45_mins, k45_factors),
+        KFormat(Q4_K, 32, q4_k_lanes, k45_scales, k45_mins, k45_factors, q4_k_halves, k45_words),
+        KFormat(Q5_K, 32, q5_k_lanes, k45_scales, k45_mins, k45_factors, q5_k_halves, k45_words),
         KFormat(Q6_K, 16, q6_k_lanes, q6_k_scales, q6_k_mins, q6_k_factors),
         BlockFormat(Q8_0, True, q8_0_lanes, q8_0_factors),
         BlockFormat(Q4_0, False, q4_0_lanes, q4_0_factors),

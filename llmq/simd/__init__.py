@@ -7,6 +7,7 @@ dot products, half floats) are lowered by instruction set, and only in this pack
 
 from llmq.simd.basics import (
     abs_f32x16,
+    add_lanes_f32x4,
     add_lanes_f32x8,
     add_lanes_f32x16,
     add_lanes_i32x16,
@@ -15,9 +16,11 @@ from llmq.simd.basics import (
     copy_bytes,
     count16,
     f32_of_bf16x16,
+    f32_of_i32x4,
     f32_of_i32x8,
     f32_of_i32x16,
     fma,
+    fma4,
     fma8,
     i8_of_i32x16,
     i16_of_i8x16,
@@ -27,8 +30,10 @@ from llmq.simd.basics import (
     load_f32x16,
     load_f64,
     load_i8x16,
+    load_i8x32,
     load_i8x64,
     load_i16,
+    load_i16x8,
     load_i16x16,
     load_i16x32,
     load_i32,
@@ -43,6 +48,7 @@ from llmq.simd.basics import (
     max_f32x16,
     max_lanes_f32x16,
     round_f32x16,
+    splat_f32x4,
     splat_f32x8,
     splat_f32x16,
     splat_i32x16,
@@ -54,15 +60,17 @@ from llmq.simd.basics import (
     store_i16,
     store_i16x16,
     store_i32,
+    store_i32x8,
     store_i32x16,
     store_i64,
     store_u8x64,
     where_between,
     where_less,
+    zero_i32x4,
     zero_i32x8,
 )
 from llmq.simd.calls import call, pause, record_at, stack
-from llmq.simd.dot import dot_i16x16, dot_u7s8, dot_u7s8_scaled, dot_u8s8
+from llmq.simd.dot import dot_i16x8, dot_i16x16, dot_u7s8, dot_u7s8_half, dot_u7s8_scaled, dot_u8s8
 from llmq.simd.exp import exp_f32x16
 from llmq.simd.half import load_f16, load_f16_pair, load_f16x16, store_f16, store_f16x16
 from llmq.simd.tile import (
@@ -81,10 +89,11 @@ from llmq.simd.tile import (
 )
 from llmq.simd.unpack import (
     bits_u8x32,
+    i16x8_of_bytes,
     join_u8x32,
     nibbles_u8x32,
-    nibbles_u8x64,
     pair_f32x16,
+    scale_pairs,
     shifted_bits,
     spread,
     transpose_f32,

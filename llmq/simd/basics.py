@@ -18,12 +18,16 @@ from llmq.simd.vector import (
     Vec,
     call_intrinsic,
     const,
+    f32x4,
     f32x8,
     f32x16,
     i8x16,
+    i8x32,
     i8x64,
+    i16x8,
     i16x16,
     i16x32,
+    i32x4,
     i32x8,
     i32x16,
     ll,
@@ -166,3 +170,11 @@ def _between(b: Any, x: Any, low: Any, high: Any, inside: Any, outside: Any) -> 
 # where low <= x <= high take the first vector, else the second
 where_between = op(_between, f32x16, i32x16, types.int32, types.int32, f32x16, f32x16)
 count16 = op(lambda b, x: b.add(splat(b, x, 16), const(ll(i32x16), range(16))), i32x16, types.int32)
+
+load_i8x32, load_i16x8 = _load(i8x32), _load(i16x8)
+store_i32x8 = _store(i32x8, ll(i32x8))
+f32_of_i32x4 = op(lambda b, x: b.sitofp(x, ll(f32x4)), f32x4, i32x4)
+zero_i32x4 = op(lambda _b: ir.Constant(ll(i32x4), None), i32x4)
+splat_f32x4 = op(lambda b, x: splat(b, x, 4), f32x4, types.float32)
+fma4 = op(lambda b, x, y, z: call_intrinsic(b, "llvm.fma.v4f32", ll(f32x4), x, y, z), f32x4, f32x4, f32x4, f32x4)
+add_lanes_f32x4 = op(_add_lanes, types.float32, f32x4)

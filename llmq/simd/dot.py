@@ -5,21 +5,28 @@ from typing import Any
 from llvmlite import ir
 
 from llmq.simd.vector import (
+    ADDRESS,
     I16,
     I32,
     ISA,
     call_intrinsic,
     concat,
     const,
+    i8x32,
     i8x64,
+    i16x8,
     i16x16,
     i16x32,
+    i32x4,
     i32x8,
     i32x16,
     ll,
     op,
+    pointer,
     shuffle,
     slices,
+    splat,
+    u8x32,
     u8x64,
 )
 
@@ -87,6 +94,8 @@ def dot_i16(b: Any, acc: Any, x: Any, y: Any) -> Any:
     i32 = ir.VectorType(I32, n // 2)
     if ISA == "avx512vnni" and n == 32:
         return call_intrinsic(b, "llvm.x86.avx512.vpdpwssd.512", i32, acc, b.bitcast(x, i32), b.bitcast(y, i32))
+    if ISA in ("avx512vnni", "avxvnni", "avx2") and n == 8:
+        return b.add(acc, call_intrinsic(b, "llvm.x86.sse2.pmadd.wd", i32, x, y))
     if ISA in ("avx512vnni", "avxvnni", "avx2"):
         parts = n // 16
         pieces = zip(slices(b, x, parts), slices(b, y, parts), strict=True)
@@ -119,3 +128,26 @@ def _dot_scaled(b: Any, acc: Any, u: Any, s: Any, scales: Any) -> Any:
 
 # u below 128
 dot_u7s8_scaled = op(_dot_scaled, i32x16, i32x16, u8x64, i8x64, i16x32)
+
+
+def _dot_scaled_half(b: Any, acc: Any, u: Any, s: Any, at: Any) -> Any:
+    """acc[i] += scale * (u[4i]*s[4i] + ... + u[4i+3]*s[4i+3]) for 32 weights; at `at` two i16 that both hold the scale.
+
+    Broadcast from memory the scale costs no shuffle, which is what the wider form is short of.
+    """
+    scales = b.bitcast(splat(b, b.load(pointer(b, at, I32), align=4), 8), ll(i16x16))
+    if ISA in ("avx512vnni", "avxvnni", "avx2"):
+        pairs = call_intrinsic(b, "llvm.x86.avx2.pmadd.ub.sw", ll(i16x16), u, s)
+    else:
+        products = b.mul(b.zext(u, ir.VectorType(I16, 32)), b.sext(s, ir.VectorType(I16, 32)))
+        even, odd = (shuffle(b, products, products, range(k, 32, 2)) for k in (0, 1))
+        pairs = b.add(even, odd)
+    if ISA in ("avx512vnni", "avxvnni"):
+        words = [b.bitcast(v, ll(i32x8)) for v in (pairs, scales)]
+        return call_intrinsic(b, "llvm.x86.avx512.vpdpwssd.256", ll(i32x8), acc, *words)
+    return dot_i16(b, acc, pairs, scales)
+
+
+# u below 128
+dot_u7s8_half = op(_dot_scaled_half, i32x8, i32x8, u8x32, i8x32, ADDRESS)
+dot_i16x8 = op(dot_i16, i32x4, i32x4, i16x8, i16x8)

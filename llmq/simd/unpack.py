@@ -6,12 +6,15 @@ from llvmlite import ir
 from numba import types
 
 from llmq.simd.vector import (
+    I8,
     I32,
     I64,
     const,
     f32x16,
+    i16x8,
     i16x16,
     i16x32,
+    i32x8,
     i32x16,
     ll,
     op,
@@ -23,18 +26,10 @@ from llmq.simd.vector import (
 )
 
 
-def _nibbles(b: Any, x: Any) -> Any:
-    twice = b.bitcast(shuffle(b, x, x, [*range(32), *range(32)]), ll(i16x32))
-    shifted = b.bitcast(b.lshr(twice, const(ll(i16x32), [0] * 16 + [4] * 16)), ll(u8x64))
-    return b.and_(shifted, const(ll(u8x64), [15] * 64))
-
-
 def _join(b: Any, low: Any, high: Any) -> Any:
     return shuffle(b, low, high, range(2 * low.type.count))
 
 
-# 32 bytes to 64 lanes: the low nibbles, then the high ones
-nibbles_u8x64 = op(_nibbles, u8x64, u8x32)
 join_u8x32 = op(_join, u8x64, u8x32, u8x32)
 
 
@@ -124,3 +119,14 @@ def _transpose(b: Any, rows: Any) -> Any:
 
 transpose_i32 = op(_transpose, types.UniTuple(i32x16, 16), types.UniTuple(i32x16, 16))
 transpose_f32 = op(_transpose, types.UniTuple(f32x16, 16), types.UniTuple(f32x16, 16))
+
+
+def _scale_pairs(b: Any, word: Any) -> Any:
+    """Eight bytes as i32, each with the byte in both halves."""
+    wide = b.zext(b.bitcast(word, ir.VectorType(I8, 8)), ll(i32x8))
+    return b.or_(wide, b.shl(wide, const(ll(i32x8), [16] * 8)))
+
+
+# eight bytes as i32x8, or as i16x8
+scale_pairs = op(_scale_pairs, i32x8, types.uint64)
+i16x8_of_bytes = op(lambda b, w: b.zext(b.bitcast(w, ir.VectorType(I8, 8)), ll(i16x8)), i16x8, types.uint64)

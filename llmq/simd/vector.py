@@ -70,6 +70,7 @@ class _VecModel(models.PrimitiveModel):
 u8x64, i8x64 = Vec(types.uint8, 64), Vec(types.int8, 64)
 u8x32, u8x16, i8x16 = Vec(types.uint8, 32), Vec(types.uint8, 16), Vec(types.int8, 16)
 i16x32, i16x16, u16x16 = Vec(types.int16, 32), Vec(types.int16, 16), Vec(types.uint16, 16)
+i8x32, i16x8, i32x4, f32x4 = Vec(types.int8, 32), Vec(types.int16, 8), Vec(types.int32, 4), Vec(types.float32, 4)
 i32x16, f32x16, f32x8, i32x8 = Vec(types.int32, 16), Vec(types.float32, 16), Vec(types.float32, 8), Vec(types.int32, 8)
 
 
