@@ -1,0 +1,101 @@
+"""Matrix products alone: decode rows and prefill panels of each format, one and two threads.
+
+    python bench/products.py [--formats Q4_K Q6_K Q8_0] [--tokens 512] [--rounds 7]
+
+Prefill in 10^9 multiply-adds a second on a 1024 x 4096 matrix; decode in GB of weights a second on rows that no cache
+holds, beside a plain streaming read of the same bytes. Rounds of all formats are interleaved; medians are printed.
+"""
+
+import argparse
+import statistics
+import threading
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from llmq.engine.plan import KINDS, kernels
+from llmq.formats import FORMATS, Format
+from llmq.kernels.activation import GROUP_BYTES, prepare
+from llmq.kernels.panel import PANEL_BYTES
+from llmq.kernels.unpack import UNPACK
+from llmq.team import aligned
+from quant.encode import encode
+
+ROWS, COLS, STEP = 1024, 4096, 16
+STREAM_BYTES = 600_000_000
+
+
+def seconds(work: Callable[[int, int], None], n_threads: int) -> float:
+    threads = [threading.Thread(target=work, args=(i, n_threads)) for i in range(n_threads)]
+    start = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return time.perf_counter() - start
+
+
+class Product:
+    """One format's matrix, and the activations of a batch."""
+
+    def __init__(self, fmt: Format, n_tokens: int) -> None:
+        rng = np.random.default_rng(0)
+        self.fmt, self.n_tokens, self.kernels = fmt, n_tokens, kernels(fmt)
+        self.size = GROUP_BYTES[KINDS[type(UNPACK[fmt.id])]]
+        self.weights = encode(fmt, (rng.standard_normal((ROWS, COLS)) * 0.02).astype(np.float32))
+        self.row_bytes = self.weights.shape[1]
+        self.stream = np.tile(self.weights, (STREAM_BYTES // self.weights.nbytes, 1))
+        x = rng.standard_normal((n_tokens, COLS)).astype(np.float32)
+        kind = KINDS[type(UNPACK[fmt.id])]
+        self.batch, self.single = (aligned(COLS // 256 * self.size * n) for n in (n_tokens, 1))
+        prepare(self.batch.ctypes.data, kind, x.ctypes.data, COLS, n_tokens)
+        prepare(self.single.ctypes.data, kind, x.ctypes.data, COLS, 1)
+
+    def prefill(self, thread: int, n_threads: int) -> None:
+        out, panel = aligned(64 * self.n_tokens), aligned(PANEL_BYTES)
+        for row in range(thread * STEP, ROWS, STEP * n_threads):
+            at = self.weights.ctypes.data + row * self.row_bytes
+            step = self.size
+            self.kernels.panel(
+                out.ctypes.data, at, self.row_bytes, STEP, self.batch.ctypes.data, step, step * self.n_tokens,
+                self.n_tokens, COLS // 256, 0, panel.ctypes.data,
+            )  # fmt: skip
+
+    def decode(self, thread: int, n_threads: int) -> None:
+        n = len(self.stream) // n_threads
+        out = np.empty(n, np.float32)
+        at = self.stream.ctypes.data + thread * n * self.row_bytes
+        x = self.single.ctypes.data
+        self.kernels.dot(out.ctypes.data, at, self.row_bytes, n, x, self.size, COLS // 256, 0)
+
+    def read(self, thread: int, n_threads: int) -> None:
+        np.add.reduce(np.array_split(self.stream.reshape(-1).view(np.uint64), n_threads)[thread])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--formats", nargs="+", default=["Q4_K", "Q5_K", "Q6_K", "Q8_0", "Q4_0"])
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=7)
+    arguments = parser.parse_args()
+    by_name = {fmt.name: fmt for fmt in FORMATS.values()}
+    products = [Product(by_name[name], arguments.tokens) for name in arguments.formats]
+    found: dict[tuple[str, str, int], list[float]] = {}
+    for round_ in range(arguments.rounds + 1):
+        for product in products:
+            macs, streamed = ROWS * COLS * arguments.tokens / 1e9, product.stream.nbytes / 1e9
+            for what, amount in (("prefill", macs), ("decode", streamed), ("read", streamed)):
+                for n in (1, 2):
+                    took = seconds(getattr(product, what), n)
+                    if round_:  # the first is a warm-up
+                        found.setdefault((product.fmt.name, what, n), []).append(amount / took)
+    for product in products:
+        name = product.fmt.name
+        figures = [f"{what} {' '.join(f'{statistics.median(found[name, what, n]):6.1f}' for n in (1, 2))}"
+                   for what in ("prefill", "decode", "read")]  # fmt: skip
+        print(f"{name:5} {'   '.join(figures)}   (1 and 2 threads; GMAC/s, GB/s, GB/s)")  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()
