@@ -13,7 +13,11 @@ from llmq.tokenizer import Tokenizer
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """Counts in tokens, times in seconds; compiling is in neither time. `reused_tokens` of the prompt were cached."""
+    """Counts in tokens, times in seconds; compiling is in neither time.
+
+    `reused_tokens` of the prompt were cached; `tokens` were read back in `decode_seconds`, one fewer than were made where
+    the reply was cut.
+    """
 
     prompt_tokens: int = 0
     reused_tokens: int = 0
