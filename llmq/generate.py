@@ -15,8 +15,8 @@ from llmq.tokenizer import Tokenizer
 class Stats:
     """Counts in tokens, times in seconds; compiling is in neither time.
 
-    `reused_tokens` of the prompt were cached; `tokens` were read back in `decode_seconds`, one fewer than were made where
-    the reply was cut.
+    `reused_tokens` of the prompt were cached; `tokens` were read back in `decode_seconds`, one fewer than were made
+    where the reply was cut.
     """
 
     prompt_tokens: int = 0
