@@ -1,5 +1,6 @@
 """Prompt ids against mistral-common on random conversations, and against golden ids."""
 
+import importlib.util
 import unicodedata
 from functools import cache
 from typing import TYPE_CHECKING
@@ -79,6 +80,7 @@ def test_ids_equal_mistral_common(version: str, messages: list[Message]) -> None
     assert build_prompt(ours(version), messages, version) == reference_ids(version, messages)
 
 
+@pytest.mark.skipif(not importlib.util.find_spec("mistral_common"), reason="mistral-common is not installed")
 @pytest.mark.parametrize("version", VERSIONS)
 @settings(max_examples=150, deadline=None)
 @given(messages=st.lists(ANY_MESSAGE, max_size=6))
