@@ -14,15 +14,17 @@ from collections.abc import Callable
 
 import numpy as np
 
+from llmq.engine.cpu import SPARE, tile_bytes
 from llmq.engine.plan import KINDS, kernels
 from llmq.formats import FORMATS, Format
 from llmq.kernels.activation import GROUP_BYTES, prepare
 from llmq.kernels.panel import PANEL_BYTES
 from llmq.kernels.unpack import UNPACK
+from llmq.simd import ROWS
 from llmq.team import aligned
 from quant.encode import encode
 
-ROWS, COLS, STEP = 1024, 4096, 16
+N_ROWS, COLS = 1024, 4096
 STREAM_BYTES = 600_000_000
 
 
@@ -43,22 +45,22 @@ class Product:
         rng = np.random.default_rng(0)
         self.fmt, self.n_tokens, self.kernels = fmt, n_tokens, kernels(fmt)
         self.size = GROUP_BYTES[KINDS[type(UNPACK[fmt.id])]]
-        self.weights = encode(fmt, (rng.standard_normal((ROWS, COLS)) * 0.02).astype(np.float32))
+        self.weights = encode(fmt, (rng.standard_normal((N_ROWS, COLS)) * 0.02).astype(np.float32))
         self.row_bytes = self.weights.shape[1]
         self.stream = np.tile(self.weights, (STREAM_BYTES // self.weights.nbytes, 1))
         x = rng.standard_normal((n_tokens, COLS)).astype(np.float32)
         kind = KINDS[type(UNPACK[fmt.id])]
-        self.batch, self.single = (aligned(COLS // 256 * self.size * n) for n in (n_tokens, 1))
+        self.batch, self.single = (aligned((COLS // 256 * n + SPARE) * self.size) for n in (n_tokens, 1))
         prepare(self.batch.ctypes.data, kind, x.ctypes.data, COLS, n_tokens)
         prepare(self.single.ctypes.data, kind, x.ctypes.data, COLS, 1)
 
     def prefill(self, thread: int, n_threads: int) -> None:
-        out, panel = aligned(64 * self.n_tokens), aligned(PANEL_BYTES)
-        for row in range(thread * STEP, ROWS, STEP * n_threads):
+        out, panel = aligned(tile_bytes(self.n_tokens)), aligned(PANEL_BYTES)
+        for row in range(thread * ROWS, N_ROWS, ROWS * n_threads):
             at = self.weights.ctypes.data + row * self.row_bytes
             step = self.size
             self.kernels.panel(
-                out.ctypes.data, at, self.row_bytes, STEP, self.batch.ctypes.data, step, step * self.n_tokens,
+                out.ctypes.data, at, self.row_bytes, ROWS, self.batch.ctypes.data, step * self.n_tokens,
                 self.n_tokens, COLS // 256, 0, panel.ctypes.data,
             )  # fmt: skip
 
@@ -67,7 +69,7 @@ class Product:
         out = np.empty(n, np.float32)
         at = self.stream.ctypes.data + thread * n * self.row_bytes
         x = self.single.ctypes.data
-        self.kernels.dot(out.ctypes.data, at, self.row_bytes, n, x, self.size, COLS // 256, 0)
+        self.kernels.dot(out.ctypes.data, at, self.row_bytes, n, x, self.size, 1, COLS // 256, 0)
 
     def read(self, thread: int, n_threads: int) -> None:
         np.add.reduce(np.array_split(self.stream.reshape(-1).view(np.uint64), n_threads)[thread])
@@ -84,7 +86,7 @@ def main() -> None:
     found: dict[tuple[str, str, int], list[float]] = {}
     for round_ in range(arguments.rounds + 1):
         for product in products:
-            macs, streamed = ROWS * COLS * arguments.tokens / 1e9, product.stream.nbytes / 1e9
+            macs, streamed = N_ROWS * COLS * arguments.tokens / 1e9, product.stream.nbytes / 1e9
             for what, amount in (("prefill", macs), ("decode", streamed), ("read", streamed)):
                 for n in (1, 2):
                     took = seconds(getattr(product, what), n)

@@ -8,15 +8,17 @@ import pytest
 from compiled import address, aligned, compiled
 from tiny import random_rows
 
+from llmq.engine.cpu import SPARE
 from llmq.engine.plan import KINDS, kernels
 from llmq.formats import FORMATS, Format, dequantize, row_bytes
 from llmq.kernels.activation import BLOCK, FLOAT, GROUP_BYTES, SUMS16, SUMS32, VALUES, K, prepare
 from llmq.kernels.attention import SCRATCH_BYTES, attend1, attend4, attend8, store_kv
+from llmq.kernels.dot import FEW
 from llmq.kernels.elementwise import rms_norm, rope, rope_angles, silu_mul
 from llmq.kernels.panel import PANEL_BYTES
 from llmq.kernels.router import choose_experts, group_by_expert
 from llmq.kernels.unpack import GROUP, UNPACK, group_bytes
-from llmq.simd import load_f32
+from llmq.simd import ROWS, load_f32
 
 EPS = 2.0**-24  # half a unit in the last place of 1.0 in float32
 
@@ -31,7 +33,8 @@ def kind_of(fmt: Format) -> int:
 def prepared(x: np.ndarray, kind: int) -> np.ndarray:
     """Groups uint8 [n_groups, n_tokens, group bytes] of float32 rows [n_tokens, n]."""
     x = np.ascontiguousarray(x, np.float32)
-    groups = np.zeros((-(-x.shape[1] // GROUP), len(x), GROUP_BYTES[kind]), np.uint8)
+    n_groups, n_tokens, size = -(-x.shape[1] // GROUP), len(x), GROUP_BYTES[kind]
+    groups = aligned((n_groups * n_tokens + SPARE, size), np.uint8)[:-SPARE].reshape(n_groups, n_tokens, size)
     prepare(address(groups), kind, address(x), x.shape[1], len(x))
     return groups
 
@@ -104,36 +107,40 @@ def split(fmt: Format, n_cols: int) -> tuple[int, int]:
 
 
 def by_dot(fmt: Format, w: np.ndarray, groups: np.ndarray, n_cols: int) -> np.ndarray:
-    """float32 [n_tokens, n_rows] by the kernel for one token; a guard row shows writing past the end."""
+    """float32 [n_tokens, n_rows] by the kernel for a few tokens, all of them at once."""
     n_groups, tail = split(fmt, n_cols)
-    out = np.full((groups.shape[1], len(w) + 1), np.nan, np.float32)
-    size = groups.shape[2]
-    for token in range(groups.shape[1]):
-        at = address(groups) + token * size
-        kernels(fmt).dot(
-            address(out[token]), address(w), w.shape[1], len(w), at, size * groups.shape[1], n_groups, tail
-        )
-    assert np.isnan(out[:, -1]).all()
-    return out[:, :-1]
+    n_tokens, size = groups.shape[1:]
+    out = results(n_tokens)
+    kernels(fmt).dot(
+        address(out), address(w), w.shape[1], len(w), address(groups), size * n_tokens, n_tokens, n_groups, tail
+    )
+    assert np.isnan(out[:, len(w) :]).all(), "written past the rows"
+    return out[:n_tokens, : len(w)]
 
 
 def by_panel(fmt: Format, w: np.ndarray, groups: np.ndarray, n_cols: int) -> np.ndarray:
-    """float32 [n_tokens, n_rows] by the kernel for many tokens, at most 16 rows."""
+    """float32 [n_tokens, n_rows] by the kernel for many tokens, at most ROWS rows."""
     n_groups, tail = split(fmt, n_cols)
     n_tokens, size = groups.shape[1:]
-    out = np.full((n_tokens + 1, 16), np.nan, np.float32)
+    out = results(n_tokens)
     panel = aligned((PANEL_BYTES,), np.uint8)
     kernels(fmt).panel(
-        address(out), address(w), w.shape[1], len(w), address(groups), size, size * n_tokens, n_tokens, n_groups, tail,
+        address(out), address(w), w.shape[1], len(w), address(groups), size * n_tokens, n_tokens, n_groups, tail,
         address(panel),
     )  # fmt: skip
-    assert np.isnan(out[-1]).all()
-    return out[:-1, : len(w)]
+    return out[:n_tokens, : len(w)]
+
+
+def results(n_tokens: int) -> np.ndarray:
+    """Room for the whole tiles that both kernels write, and a guard that shows writing past it."""
+    out = aligned((n_tokens + SPARE + 1, ROWS), np.float32)
+    out[:] = np.nan
+    return out
 
 
 def sizes(fmt: Format) -> list[tuple[int, int]]:
     """(columns, rows), with columns that end inside a group where the format allows it."""
-    return [(256, 16), (768, 5), *([(32, 16), (96, 1), (352, 11)] if fmt.block_size < GROUP else [])]
+    return [(256, ROWS), (768, 5), *([(32, 16), (96, 1), (352, ROWS - 5)] if fmt.block_size < GROUP else [])]
 
 
 @each_format
@@ -214,6 +221,19 @@ def test_extremes_are_exact(fmt: Format, fill: int) -> None:
 
 
 @each_format
+def test_a_token_does_not_depend_on_its_neighbours(fmt: Format) -> None:
+    """Bit for bit: a draft that is checked in one batch must give what one token at a time would have given."""
+    rng = np.random.default_rng(fmt.id)
+    for n_cols, n_rows in sizes(fmt):
+        w = random_rows(rng, fmt, (n_rows, n_cols))
+        x = rng.standard_normal((FEW, n_cols)).astype(np.float32)
+        together = by_dot(fmt, w, prepared(x, kind_of(fmt)), n_cols)
+        for n_tokens in (1, 2, 3, 5):
+            alone = by_dot(fmt, w, prepared(x[FEW - n_tokens :], kind_of(fmt)), n_cols)
+            np.testing.assert_array_equal(alone.view(np.uint32), together[FEW - n_tokens :].view(np.uint32))
+
+
+@each_format
 def test_a_zero_token_gives_zero(fmt: Format) -> None:
     w = random_rows(np.random.default_rng(0), fmt, (4, 512))
     groups = prepared(np.zeros((2, 512), np.float32), kind_of(fmt))
@@ -287,8 +307,7 @@ def test_rope(head_dim: int, position: int, interleaved: bool) -> None:
 
 @compiled
 def run_silu_mul(out, gate, up, n):
-    for i in range(0, n, 16):
-        silu_mul(out + 4 * i, gate + 4 * i, up + 4 * i)
+    silu_mul(out, gate, up, n)
 
 
 def test_silu_mul() -> None:

@@ -4,10 +4,11 @@ import math
 
 import numpy as np
 import pytest
-from compiled import address, compiled
+from compiled import address, aligned, compiled
 
 from llmq.jit import jit
 from llmq.simd import (
+    ROWS,
     abs_f32x16,
     add_lanes_f32x4,
     add_lanes_f32x8,
@@ -40,7 +41,6 @@ from llmq.simd import (
     load_i8x64,
     load_i16x8,
     load_i16x16,
-    load_i16x32,
     load_i32x16,
     load_u8x16,
     load_u8x32,
@@ -66,12 +66,20 @@ from llmq.simd import (
     store_i32x8,
     store_i32x16,
     store_u8x64,
-    tile_dot32_u7,
-    tile_dot32_u8,
-    tile_dot_pair,
+    strip_add_scaled16,
+    strip_add_scaled32,
+    strip_dot32_u7,
+    strip_dot32_u8,
+    strip_dot_pair,
+    strip_f32,
+    strip_fma,
+    strip_fma_scaled,
+    strip_fma_scaled2,
+    strip_i32,
+    strip_load,
+    strip_store,
     tile_f32,
     tile_fma,
-    tile_i32,
     tile_load,
     tile_store,
     transpose_i32,
@@ -135,32 +143,62 @@ def test_word_dot() -> None:
 
 
 @compiled
-def run_tiles(out, pairs, w, words, x, stride):
-    store = 64 * 4
-    tile_store(out, 64, tile_dot32_u7(tile_i32(4), w, x, stride))
-    tile_store(out + store, 64, tile_dot32_u8(tile_i32(4), w, x, stride))
-    tile_store(pairs, 64, tile_dot_pair(tile_i32(4), load_i16x32(words), x, stride))
+def run_strips(out, w, pairs, scales, x):
+    line = 4 * ROWS * 3
+    strip_store(out, strip_dot32_u7(strip_i32(3), w, x, 128))
+    strip_store(out + line, strip_dot32_u8(strip_i32(3), w, x, 128))
+    strip_store(out + 2 * line, strip_dot_pair(strip_i32(3), pairs, x, 128))
+    start = strip_dot_pair(strip_i32(3), pairs, x, 128)
+    strip_store(out + 3 * line, strip_add_scaled32(start, w, x, scales, 128))
+    strip_store(out + 4 * line, strip_add_scaled16(start, w, x, scales, 128))
 
 
 @pytest.mark.parametrize("limit", [127, 255])
-def test_tile_dots(limit: int) -> None:
-    """32 weights of 16 rows against the bytes of four tokens; words [8][16 rows][4] as the panel has them."""
+@pytest.mark.parametrize("largest", [False, True])
+def test_strips(limit: int, largest: bool) -> None:
+    """32 or 16 weights of a strip's rows against the bytes of three tokens; words [8][ROWS][4] as a panel has them."""
     rng = np.random.default_rng(limit)
-    memory = np.zeros(512 + 64, np.uint8)
-    w = memory[-memory.ctypes.data % 64 :][:512]
-    for fill in ("random", "largest"):
-        w[:] = rng.integers(0, limit + 1, 512) if fill == "random" else limit
-        x = rng.integers(-127, 128, (4, 40), dtype=np.int8) if fill == "random" else np.full((4, 40), -127, np.int8)
-        words = rng.integers(-64, 64, 32, dtype=np.int16)
-        out, pairs = np.zeros((2, 4, 16), np.int32), np.zeros((4, 16), np.int32)
-        run_tiles(address(out), address(pairs), w.ctypes.data, address(words), address(x), 40)
-        rows = w.reshape(8, 16, 4).swapaxes(0, 1).reshape(16, 32).astype(np.int64)
-        expected = x[:, :32].astype(np.int64) @ rows.T
-        np.testing.assert_array_equal(out[1], expected)
-        if limit < 128:
-            np.testing.assert_array_equal(out[0], expected)
-        first = x[:, :4].copy().view(np.int16).astype(np.int64)
-        np.testing.assert_array_equal(pairs, first @ words.reshape(16, 2).T.astype(np.int64))
+    w, pairs = aligned((8, ROWS, 4), np.uint8), aligned((ROWS, 2), np.int16)
+    scales, x, out = aligned((ROWS,), np.int32), aligned((3, 128), np.int8), aligned((5, 3, ROWS), np.int32)
+    w[:] = limit if largest else rng.integers(0, limit + 1, w.shape)
+    x[:] = -127 if largest else rng.integers(-127, 128, x.shape)
+    pairs[:], scales[:] = rng.integers(-64, 64, pairs.shape), -128 if largest else rng.integers(-128, 128, ROWS)
+    run_strips(*map(address, (out, w, pairs, scales, x)))
+    rows, tokens = w.swapaxes(0, 1).reshape(ROWS, 32).astype(np.int64), x.astype(np.int64)
+    first = x[:, :4].copy().view(np.int16).astype(np.int64) @ pairs.T.astype(np.int64)
+    np.testing.assert_array_equal(out[1], tokens[:, :32] @ rows.T)
+    np.testing.assert_array_equal(out[2], first)
+    if limit < 128:
+        np.testing.assert_array_equal(out[0], tokens[:, :32] @ rows.T)
+        np.testing.assert_array_equal(out[3], first + tokens[:, :32] @ rows.T * scales)
+        np.testing.assert_array_equal(out[4], first + tokens[:, :16] @ rows[:, :16].T * scales)
+
+
+@compiled
+def run_strip_floats(out, start, sums, other, rows, x):
+    acc, first, second = (
+        strip_load(strip_f32(3), start),
+        strip_load(strip_i32(3), sums),
+        strip_load(strip_i32(3), other),
+    )
+    line = 4 * ROWS * 3
+    strip_store(out, strip_fma(acc, rows, x, 128))
+    strip_store(out + line, strip_fma_scaled(acc, first, rows, x, 128))
+    strip_store(out + 2 * line, strip_fma_scaled2(acc, first, second, rows, x, 128))
+
+
+def test_strips_of_floats() -> None:
+    rng = np.random.default_rng(6)
+    out, rows, x = aligned((3, 3, ROWS), np.float32), aligned((2, ROWS), np.float32), aligned((3, 32), np.float32)
+    start, sums, other = aligned((3, ROWS), np.float32), aligned((3, ROWS), np.int32), aligned((3, ROWS), np.int32)
+    for array in (start, rows, x):
+        array[:] = rng.standard_normal(array.shape)
+    sums[:], other[:] = rng.integers(-1000, 1000, sums.shape), rng.integers(-1000, 1000, sums.shape)
+    run_strip_floats(*map(address, (out, start, sums, other, rows, x)))
+    word = x[:, :1].astype(np.float64)
+    np.testing.assert_allclose(out[0], start + rows[0] * word, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(out[1], start + sums * rows[0] * word, rtol=1e-5, atol=1e-3)
+    np.testing.assert_allclose(out[2], start + (sums * rows[0] + other * rows[1]) * word, rtol=1e-5, atol=1e-3)
 
 
 @jit

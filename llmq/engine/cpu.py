@@ -12,12 +12,21 @@ from llmq.engine.plan import Plan, make_plan
 from llmq.gguf import GGUF
 from llmq.kernels.activation import GROUP_BYTES
 from llmq.kernels.attention import HEAD_DIM_LIMIT, SCRATCH_BYTES, attend1, attend4, attend8
+from llmq.kernels.dot import TOGETHER
 from llmq.kernels.panel import PANEL_BYTES
+from llmq.simd import ROWS, TOKENS
 from llmq.team import Team, aligned
 
 BATCH = 512
 # Weight bytes times rows between two looks at the keyboard: about a third of a second of work on two cores.
 WORK_PER_CALL = 5e10
+# Tokens past the last that a product may read and write: it computes whole tiles.
+SPARE = max(TOKENS, TOGETHER) - 1
+
+
+def tile_bytes(n_rows: int) -> int:
+    """Of a strip's results for `n_rows` tokens."""
+    return 4 * ROWS * (n_rows + SPARE)
 
 
 class Engine:
@@ -94,7 +103,7 @@ class Engine:
         for name, n_bytes in self._sizes(n_rows).items():
             self._memory[name] = aligned(n_bytes)
             self._job[name] = self._memory[name].ctypes.data
-        tile = 64 * n_rows
+        tile = tile_bytes(n_rows)
         self._job["tile_bytes"], self._job["panel_at"] = tile, 2 * tile
         self._job["attention_at"] = 2 * tile + PANEL_BYTES
         self._job["scratch_bytes"] = self._scratch_bytes(n_rows)
@@ -103,14 +112,14 @@ class Engine:
             self._memory["entry_weights"].view(np.float32)[:n_rows] = 1
 
     def _scratch_bytes(self, n_rows: int) -> int:
-        return 2 * 64 * n_rows + PANEL_BYTES + -(-SCRATCH_BYTES // 64) * 64
+        return 2 * tile_bytes(n_rows) + PANEL_BYTES + -(-SCRATCH_BYTES // 64) * 64
 
     def _sizes(self, n_rows: int) -> dict[str, int]:
         c = self.config
         n_used, n_experts = max(1, c.n_experts_used), max(1, c.n_experts)
         widest = max(c.dim, c.ffn_dim, c.n_heads * c.head_dim)
         kinds = self._kinds()
-        groups = n_rows * n_used * -(-widest // 256)
+        groups = n_rows * n_used * -(-widest // 256) + SPARE
         return {
             "x": 4 * n_rows * c.dim,
             "normed": 4 * n_rows * c.dim,

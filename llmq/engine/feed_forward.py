@@ -14,9 +14,8 @@ from llmq.engine.job import (
 )
 from llmq.jit import jit
 from llmq.kernels.elementwise import rms_norm, silu_mul
-from llmq.kernels.panel import ROWS
 from llmq.kernels.router import choose_experts, group_by_expert
-from llmq.simd import load_f32, load_i32, load_i64, store_f32, store_i64
+from llmq.simd import ROWS, load_f32, load_i32, load_i64, store_f32, store_i64
 
 
 @jit
@@ -75,7 +74,7 @@ def prepare_entries(job, model, phase, kinds, x, n, by_token):
 
 @jit
 def gate_and_up(job, model, layer, phase, tile, panel):
-    """hidden = silu(gate) * up for each entry, one expert's strip of 16 columns at a time."""
+    """hidden = silu(gate) * up for each entry, one expert's strip of ROWS columns at a time."""
     strips = n_blocks(model.ffn_dim, ROWS)
     n_items = load_i64(job.phases + PHASE_BYTES * phase + 8)
     other = tile + job.tile_bytes
@@ -89,7 +88,7 @@ def gate_and_up(job, model, layer, phase, tile, panel):
             product(job, other, layer.ffn_up, expert, row, first, count, panel)
             for t in range(count):
                 out = job.hidden + 4 * ((first + t) * model.ffn_dim + row)
-                silu_mul(out, tile + 64 * t, other + 64 * t)
+                silu_mul(out, tile + 4 * ROWS * t, other + 4 * ROWS * t, min(ROWS, model.ffn_dim - row))
         begin, end = take(job, phase, n_items, end - begin)
     wait_until_done(job, phase, n_items)
 
@@ -113,6 +112,6 @@ def add_down(job, layer, phase, tile, panel):
                     base = job.x + 4 * (load_i32(job.entries + 4 * (first + t)) * m.rows + row)
                     for r in range(min(ROWS, m.rows - row)):
                         at = base + 4 * r
-                        store_f32(at, load_f32(at) + weight * load_f32(tile + 64 * t + 4 * r))
+                        store_f32(at, load_f32(at) + weight * load_f32(tile + 4 * (t * ROWS + r)))
         begin, end = take(job, phase, n_items, end - begin)
     wait_until_done(job, phase, n_items)

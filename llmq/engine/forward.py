@@ -38,8 +38,7 @@ from llmq.engine.self_attention import add_output, attend_rows, project_qkv, rot
 from llmq.jit import jit, kernel
 from llmq.kernels.elementwise import rms_norm, rope_angles
 from llmq.kernels.floats import FLOATS_TYPES
-from llmq.kernels.panel import ROWS
-from llmq.simd import call, load_i32, load_i64
+from llmq.simd import ROWS, call, load_i32, load_i64
 
 call_floats = call(*FLOATS_TYPES)
 

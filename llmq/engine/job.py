@@ -5,9 +5,9 @@ import numpy as np
 from llmq.engine.plan import LAYER, MODEL
 from llmq.jit import jit
 from llmq.kernels.activation import FLOAT, GROUP_BYTES, K, prepare_group
-from llmq.kernels.dot import DOT_TYPES
-from llmq.kernels.panel import PANEL_TYPES, ROWS
-from llmq.simd import call, load_f32, record_at, store_f32
+from llmq.kernels.dot import DOT_TYPES, FEW
+from llmq.kernels.panel import PANEL_TYPES
+from llmq.simd import ROWS, call, load_f32, record_at, store_f32
 from llmq.team import fetch_add, wait_for
 
 # A phase is a list of items that threads take and finish. Its words: items taken (0), number of items where that is not
@@ -62,17 +62,17 @@ def prepare_rows(job, kinds, x, n, row, slot, first, count, group_begin, group_e
 
 @jit
 def product(job, out, m, expert, row, first, count, panel):
-    """out [count][16] = 16 rows of a matrix from `row` on, times the prepared rows first .. first + count."""
+    """out [count][ROWS] = ROWS rows of a matrix from `row` on, times the prepared rows first .. first + count."""
     base, size = act_buffer(job, m.kind)
     n_groups = n_blocks(m.cols, 256)
     x = base + first * n_groups * size
     w = m.address + expert * m.expert_bytes + row * m.row_bytes
     n_rows = min(ROWS, m.rows - row)
-    if count == 1:
-        call_dot(m.dot, out, w, m.row_bytes, n_rows, x, size, m.n_groups, m.tail_bytes)
+    if count <= FEW:
+        call_dot(m.dot, out, w, m.row_bytes, n_rows, x, count * size, count, m.n_groups, m.tail_bytes)
     else:
         call_panel(
-            m.panel, out, w, m.row_bytes, n_rows, x, size, count * size, count, m.n_groups, m.tail_bytes, panel
+            m.panel, out, w, m.row_bytes, n_rows, x, count * size, count, m.n_groups, m.tail_bytes, panel
         )  # fmt: skip
 
 
@@ -97,7 +97,7 @@ def wait_until_done(job, phase, n_items):
 def store_tile(out, stride, tile, n_rows, count):
     for t in range(count):
         for r in range(n_rows):
-            store_f32(out + 4 * (t * stride + r), load_f32(tile + 64 * t + 4 * r))
+            store_f32(out + 4 * (t * stride + r), load_f32(tile + 4 * (t * ROWS + r)))
 
 
 @jit

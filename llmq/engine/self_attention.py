@@ -4,8 +4,7 @@ from llmq.engine.job import n_blocks, product, store_tile, take, wait_until_done
 from llmq.jit import jit
 from llmq.kernels.attention import ATTEND_TYPES, QUERIES, store_kv
 from llmq.kernels.elementwise import rope
-from llmq.kernels.panel import ROWS
-from llmq.simd import call, load_f32, load_i64, stack, store_f32, store_i64
+from llmq.simd import ROWS, call, load_f32, load_i64, stack, store_f32, store_i64
 
 call_attend = call(*ATTEND_TYPES)
 
@@ -119,6 +118,6 @@ def add_output(job, layer, phase, tile, panel):
             for t in range(job.n_rows):
                 for r in range(min(ROWS, m.rows - row)):
                     at = job.x + 4 * (t * m.rows + row + r)
-                    store_f32(at, load_f32(at) + load_f32(tile + 64 * t + 4 * r))
+                    store_f32(at, load_f32(at) + load_f32(tile + 4 * (t * ROWS + r)))
         begin, end = take(job, phase, n_items, end - begin)
     wait_until_done(job, phase, n_items)

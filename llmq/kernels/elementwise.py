@@ -55,7 +55,9 @@ def rope(x, angles, n, step, gap):
 
 
 @jit
-def silu_mul(out, gate, up):
-    """Sixteen of out = gate / (1 + exp(-gate)) * up."""
-    g = load_f32x16(gate)
-    store_f32x16(out, g / (splat_f32x16(np.float32(1)) + exp_f32x16(splat_f32x16(np.float32(0)) - g)) * load_f32x16(up))
+def silu_mul(out, gate, up, n):
+    """out = gate / (1 + exp(-gate)) * up, of `n` floats, by sixteens."""
+    one, zero = splat_f32x16(np.float32(1)), splat_f32x16(np.float32(0))
+    for at in range(0, 4 * n, 64):
+        g = load_f32x16(gate + at)
+        store_f32x16(out + at, g / (one + exp_f32x16(zero - g)) * load_f32x16(up + at))

@@ -1,14 +1,14 @@
-"""Many tokens: 16 rows by 256 weights are unpacked once into a panel, then every token runs over it.
+"""Many tokens: a strip of rows by 256 weights is unpacked once into a panel, then every token runs over it.
 
 A panel lies in the first-level cache with rows as lanes, so that a token's activation word is broadcast from memory and
-no sum has to cross lanes:
+no sum has to cross lanes. All parts come as vectors of 16 rows, those of a strip (one or two) side by side:
 
-  0        64 vectors of 16 rows x 4 weights, bytes (or, for float formats, 256 vectors of 16 floats)
-  SCALES   i32 scales, a vector per 32 or 16 weights (K); f32 d of 8 blocks, then f32 c of 8 blocks (blocks of 32)
-  MINS     pairs of i16 mins of 16 rows (K)
-  FACTORS  f32 d, then f32 dm, of 16 rows (K)
+  0        64 times rows x 4 weights, bytes (or, for float formats, 256 times rows x 1 float)
+  SCALES   i32 scales, per 32 or 16 weights (K); f32 d of 8 blocks, then f32 c of 8 blocks (blocks of 32)
+  MINS     pairs of i16 mins (K)
+  FACTORS  f32 d, then f32 -dm (K)
 
-`make_panel(unpack)` is generic over the formats of unpack.py. Results are [n_tokens][16] floats, added up by group.
+`make_panel(unpack)` is generic over the formats of unpack.py. Results are [n_tokens][ROWS] floats, added up by group.
 """
 
 from collections.abc import Callable
@@ -18,44 +18,54 @@ import numpy as np
 from numba import types
 
 from llmq.jit import Kernel, jit, kernel
-from llmq.kernels.activation import SUMS16, SUMS32, VALUES
+from llmq.kernels.activation import BLOCK, FLOAT, GROUP_BYTES, SUMS16, SUMS32, VALUES, K
 from llmq.kernels.unpack import BlockFormat, FloatFormat, KFormat, group_bytes
 from llmq.simd import (
-    TILE,
+    ROWS,
+    TOKENS,
     as_i32x16,
     clear_bytes,
     copy_bytes,
     i32_of_i16x16,
-    load_f32x16,
-    load_i16x32,
     load_i32x16,
     splat_i32x16,
     stack,
     store_f32,
     store_i32x16,
-    tile_dot16_u7,
-    tile_dot32_u7,
-    tile_dot32_u8,
-    tile_dot_pair,
-    tile_f32,
-    tile_fma,
-    tile_fma_scaled,
-    tile_i32,
-    tile_load,
-    tile_mul_add,
+    strip_add_scaled16,
+    strip_add_scaled32,
+    strip_dot32_u7,
+    strip_dot32_u8,
+    strip_dot_pair,
+    strip_f32,
+    strip_fma,
+    strip_fma_scaled,
+    strip_fma_scaled2,
+    strip_i32,
+    strip_load,
+    strip_store,
     tile_store,
     transpose_f32,
     transpose_i32,
 )
 
-ROWS = 16
-SCALES = 64 * 64
-MINS = SCALES + 16 * 64
-FACTORS = MINS + 8 * 64
-PANEL_BYTES = 256 * 64  # the float panel is the largest
+LINE = 4 * ROWS  # bytes of one word of each row
+SCALES = 64 * LINE
+MINS = SCALES + 16 * LINE
+FACTORS = MINS + 8 * LINE
+PANEL_BYTES = 256 * LINE  # the float panel is the largest
+# Bytes from one token's group to the next one's: constants, so that a tile's addresses need no arithmetic.
+K_STEP, BLOCK_STEP, FLOAT_STEP = GROUP_BYTES[K], GROUP_BYTES[BLOCK], GROUP_BYTES[FLOAT]
 
-# out, w, row_bytes, n_rows, x, x_step, x_stride, n_tokens, n_groups, tail_bytes, panel
-PANEL_TYPES = (types.int64,) * 11
+# out, w, row_bytes, n_rows, x, x_stride, n_tokens, n_groups, tail_bytes, panel
+PANEL_TYPES = (types.int64,) * 10
+
+
+@jit
+def sixteen_from(w, row_bytes, n_rows, first):
+    """Address and number of the rows from `first` on, at least one: a strip that ends before repeats its last row."""
+    last = n_rows - 1
+    return w + min(first, last) * row_bytes, max(1, n_rows - first)
 
 
 def _sixteen(value: Callable[..., Any]) -> Any:
@@ -89,8 +99,10 @@ def _pack_lanes(lanes: Callable[..., Any]) -> Any:
 
     @jit
     def pack(panel, w, row_bytes, n_rows):
-        for j in range(4):
-            tile_store(panel + 1024 * j, 64, transpose_i32(sixteen(w, row_bytes, n_rows, j)))
+        for first in range(0, ROWS, 16):
+            at, n = sixteen_from(w, row_bytes, n_rows, first)
+            for j in range(4):
+                tile_store(panel + 4 * first + 16 * LINE * j, LINE, transpose_i32(sixteen(at, row_bytes, n, j)))
 
     return pack
 
@@ -112,42 +124,47 @@ def _k_pack(unpack: KFormat) -> Any:
     scale_rows, min_rows = _sixteen(wide_scales), _sixteen(wide_mins)
 
     @jit
-    def pack(panel, w, row_bytes, n_rows):
-        pack_lanes(panel, w, row_bytes, n_rows)
+    def pack_scales(panel, w, row_bytes, n_rows):
         columns = stack(1024)
         tile_store(columns, 64, transpose_i32(scale_rows(w, row_bytes, n_rows, 0)))
         for s in range(16 // step):
-            store_i32x16(panel + SCALES + 64 * s, load_i32x16(columns + 64 * step * s))
+            store_i32x16(panel + SCALES + LINE * s, load_i32x16(columns + 64 * step * s))
         tile_store(columns, 64, transpose_i32(min_rows(w, row_bytes, n_rows, 0)))
         for p in range(n_pairs):
             even = load_i32x16(columns + 128 * step * p) & splat_i32x16(low16)
             odd = load_i32x16(columns + 128 * step * p + 64 * step) << splat_i32x16(np.int32(16))
-            store_i32x16(panel + MINS + 64 * p, even | odd)
+            store_i32x16(panel + MINS + LINE * p, even | odd)
+
+    @jit
+    def pack(panel, w, row_bytes, n_rows):
+        pack_lanes(panel, w, row_bytes, n_rows)
+        for first in range(0, ROWS, 16):
+            at, n = sixteen_from(w, row_bytes, n_rows, first)
+            pack_scales(panel + 4 * first, at, row_bytes, n)
         for r in range(ROWS):
             d, dm = factors(w + min(r, n_rows - 1) * row_bytes)
             store_f32(panel + FACTORS + 4 * r, d)
-            store_f32(panel + FACTORS + 64 + 4 * r, -dm)
+            store_f32(panel + FACTORS + LINE + 4 * r, -dm)
 
     return pack
 
 
-def _k_tile(unpack: KFormat, n: int) -> Any:
-    dot, n_subs = (tile_dot32_u7, 8) if unpack.sub == 32 else (tile_dot16_u7, 16)
+def _k_tile(unpack: KFormat) -> Any:
+    add_scaled, n_subs = (strip_add_scaled32, 8) if unpack.sub == 32 else (strip_add_scaled16, 16)
     n_pairs, sums, span = n_subs // 2, SUMS32 if unpack.sub == 32 else SUMS16, 256 // n_subs
 
     @jit
-    def tile(out, panel, x, x_step):
-        total = tile_i32(n)
+    def tile(out, panel, x):
+        total = strip_i32(TOKENS)
         for s in range(n_subs):
-            product = dot(tile_i32(n), panel + 16 * span * s, x + VALUES + span * s, x_step)
-            total = tile_mul_add(total, product, load_i32x16(panel + SCALES + 64 * s))
-        below = tile_i32(n)
+            w, scales = panel + span // 4 * LINE * s, panel + SCALES + LINE * s
+            total = add_scaled(total, w, x + VALUES + span * s, scales, K_STEP)
+        below = strip_i32(TOKENS)
         for p in range(n_pairs):
-            below = tile_dot_pair(below, load_i16x32(panel + MINS + 64 * p), x + sums + 4 * p, x_step)
-        acc = tile_load(tile_f32(n), out, 64)
-        acc = tile_fma_scaled(acc, total, load_f32x16(panel + FACTORS), x, x_step)
-        acc = tile_fma_scaled(acc, below, load_f32x16(panel + FACTORS + 64), x, x_step)
-        tile_store(out, 64, acc)
+            below = strip_dot_pair(below, panel + MINS + LINE * p, x + sums + 4 * p, K_STEP)
+        acc = strip_load(strip_f32(TOKENS), out)
+        acc = strip_fma_scaled2(acc, total, below, panel + FACTORS, x, K_STEP)
+        strip_store(out, acc)
 
     return tile
 
@@ -162,23 +179,23 @@ def _block_pack(unpack: BlockFormat) -> Any:
             at = w + min(r, n_rows - 1) * row_bytes
             for s in range(8):
                 d, c = factors(at + s * block)
-                store_f32(panel + SCALES + 64 * s + 4 * r, d)
-                store_f32(panel + SCALES + 512 + 64 * s + 4 * r, c)
+                store_f32(panel + SCALES + LINE * s + 4 * r, d)
+                store_f32(panel + SCALES + LINE * (8 + s) + 4 * r, c)
 
     return pack
 
 
-def _block_tile(unpack: BlockFormat, n: int) -> Any:
-    dot = tile_dot32_u8 if unpack.full else tile_dot32_u7
+def _block_tile(unpack: BlockFormat) -> Any:
+    dot = strip_dot32_u8 if unpack.full else strip_dot32_u7
 
     @jit
-    def tile(out, panel, x, x_step):
-        acc = tile_load(tile_f32(n), out, 64)
+    def tile(out, panel, x):
+        acc = strip_load(strip_f32(TOKENS), out)
         for s in range(8):
-            product = dot(tile_i32(n), panel + 512 * s, x + VALUES + 32 * s, x_step)
-            acc = tile_fma_scaled(acc, product, load_f32x16(panel + SCALES + 64 * s), x + 4 * s, x_step)
-            acc = tile_fma(acc, load_f32x16(panel + SCALES + 512 + 64 * s), x + 32 + 4 * s, x_step)
-        tile_store(out, 64, acc)
+            sums = dot(strip_i32(TOKENS), panel + 8 * LINE * s, x + VALUES + 32 * s, BLOCK_STEP)
+            acc = strip_fma_scaled(acc, sums, panel + SCALES + LINE * s, x + 4 * s, BLOCK_STEP)
+            acc = strip_fma(acc, panel + SCALES + LINE * (8 + s), x + 32 + 4 * s, BLOCK_STEP)
+        strip_store(out, acc)
 
     return tile
 
@@ -194,65 +211,60 @@ def _float_pack(unpack: FloatFormat) -> Any:
 
     @jit
     def pack(panel, w, row_bytes, n_rows):
-        for i in range(16):
-            tile_store(panel + 1024 * i, 64, transpose_f32(sixteen(w, row_bytes, n_rows, i)))
+        for first in range(0, ROWS, 16):
+            at, n = sixteen_from(w, row_bytes, n_rows, first)
+            for i in range(16):
+                tile_store(panel + 4 * first + 16 * LINE * i, LINE, transpose_f32(sixteen(at, row_bytes, n, i)))
 
     return pack
 
 
-def _float_tile(_unpack: FloatFormat, n: int) -> Any:
+def _float_tile(_unpack: FloatFormat) -> Any:
     @jit
-    def tile(out, panel, x, x_step):
-        acc = tile_load(tile_f32(n), out, 64)
+    def tile(out, panel, x):
+        acc = strip_load(strip_f32(TOKENS), out)
         for k in range(256):
-            acc = tile_fma(acc, load_f32x16(panel + 64 * k), x + 4 * k, x_step)
-        tile_store(out, 64, acc)
+            acc = strip_fma(acc, panel + LINE * k, x + 4 * k, FLOAT_STEP)
+        strip_store(out, acc)
 
     return tile
 
 
 MAKERS: dict[type, Any] = {
-    KFormat: (_k_pack, _k_tile),
-    BlockFormat: (_block_pack, _block_tile),
-    FloatFormat: (_float_pack, _float_tile),
+    KFormat: (_k_pack, _k_tile, K_STEP),
+    BlockFormat: (_block_pack, _block_tile, BLOCK_STEP),
+    FloatFormat: (_float_pack, _float_tile, FLOAT_STEP),
 }
 
 
 def make_panel(unpack: KFormat | BlockFormat | FloatFormat) -> Kernel:
-    """Kernel: out[t][r] = row r at `w` . token t, for up to 16 rows; what lies past `n_rows` in `out` is of no use.
+    """Kernel: out[t][r] = row r at `w` . token t, for up to ROWS rows; what lies past `n_rows` in `out` is of no use.
 
-    Tokens of a group lie `x_step` bytes apart and groups `x_stride`; `panel` is PANEL_BYTES of scratch, aligned to 64.
+    Tokens of a group lie side by side and groups `x_stride` bytes apart; `panel` is PANEL_BYTES of scratch. The last
+    tile may compute up to TOKENS - 1 tokens too many: activations must be readable and `out` writable that far. Both
+    and the panel are aligned to 64 bytes.
     """
     size = group_bytes(unpack.format)
-    make_pack, make_tile = MAKERS[type(unpack)]
-    pack = make_pack(unpack)
-    large, middle, single = (make_tile(unpack, n) for n in (TILE, TILE // 2, 1))
-    half, padded_bytes = TILE // 2, ROWS * size
+    make_pack, make_tile, step = MAKERS[type(unpack)]
+    pack, tile = make_pack(unpack), make_tile(unpack)
+    padded_bytes = ROWS * size
 
     @jit
-    def sweep(out, panel, x, x_step, n_tokens):
-        t = 0
-        while n_tokens - t >= TILE:
-            large(out + 64 * t, panel, x + t * x_step, x_step)
-            t += TILE
-        if n_tokens - t >= half:
-            middle(out + 64 * t, panel, x + t * x_step, x_step)
-            t += half
-        while t < n_tokens:
-            single(out + 64 * t, panel, x + t * x_step, x_step)
-            t += 1
+    def sweep(out, panel, x, n_tokens):
+        for t in range(0, n_tokens, TOKENS):
+            tile(out + LINE * t, panel, x + t * step)
 
-    def panel_product(out, w, row_bytes, n_rows, x, x_step, x_stride, n_tokens, n_groups, tail_bytes, panel):
-        clear_bytes(out, 64 * n_tokens)
+    def panel_product(out, w, row_bytes, n_rows, x, x_stride, n_tokens, n_groups, tail_bytes, panel):
+        clear_bytes(out, LINE * n_tokens)
         for g in range(n_groups):
             pack(panel, w + g * size, row_bytes, n_rows)
-            sweep(out, panel, x + g * x_stride, x_step, n_tokens)
+            sweep(out, panel, x + g * x_stride, n_tokens)
         if tail_bytes:
             padded = stack(padded_bytes)
             clear_bytes(padded, padded_bytes)
             for r in range(n_rows):
                 copy_bytes(padded + r * size, w + r * row_bytes + n_groups * size, tail_bytes)
             pack(panel, padded, size, n_rows)
-            sweep(out, panel, x + n_groups * x_stride, x_step, n_tokens)
+            sweep(out, panel, x + n_groups * x_stride, n_tokens)
 
     return kernel(*PANEL_TYPES, name=f"panel_{unpack.format.name.lower()}")(panel_product)

@@ -19,6 +19,7 @@ from llmq.jit import jit
 from llmq.simd import (
     bits_u8x32,
     f32_of_bf16x16,
+    gather_f16x8,
     i16_of_i8x16,
     join_u8x32,
     load_f16,
@@ -33,6 +34,7 @@ from llmq.simd import (
     load_u32,
     nibbles_u8x32,
     shifted_bits,
+    splat_f32x8,
     splat_u8x32,
     splat_u8x64,
     twice_high,
@@ -69,6 +71,7 @@ class BlockFormat:
     full: bool  # lanes use all eight bits
     lanes: Callable[..., Any]  # (w, j) -> u8x64
     factors: Callable[..., Any]  # (address of one block) -> d, c
+    factors8: Callable[..., Any]  # (w) -> f32x8, f32x8: d and c of the group's blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,32 +175,15 @@ def q8_0_lanes(w, j):
 
 
 @jit
-def q8_0_factors(w):
-    d = load_f16(w)
-    return d, d * np.float32(-128)
-
-
-@jit
 def q4_0_lanes(w, j):
     w += 36 * j
     return join_u8x32(nibbles_u8x32(load_u8x16(w + 2)), nibbles_u8x32(load_u8x16(w + 20)))
 
 
 @jit
-def q4_0_factors(w):
-    d = load_f16(w)
-    return d, d * np.float32(-8)
-
-
-@jit
 def q4_1_lanes(w, j):
     w += 40 * j
     return join_u8x32(nibbles_u8x32(load_u8x16(w + 4)), nibbles_u8x32(load_u8x16(w + 24)))
-
-
-@jit
-def scale_and_min(w):
-    return load_f16(w), load_f16(w + 2)
 
 
 @jit
@@ -213,15 +199,41 @@ def q5_0_lanes(w, j):
 
 
 @jit
-def q5_0_factors(w):
-    d = load_f16(w)
-    return d, d * np.float32(-16)
-
-
-@jit
 def q5_1_lanes(w, j):
     w += 48 * j
     return join_u8x32(_five_bits(w + 4, w + 8), _five_bits(w + 28, w + 32))
+
+
+def centred(fmt: Format, full: bool, lanes: Callable[..., Any], centre: int) -> BlockFormat:
+    """Blocks that start with a scale: x = d * (u - centre)."""
+    offset, step = np.float32(-centre), fmt.block_bytes
+
+    @jit
+    def factors(w):
+        d = load_f16(w)
+        return d, d * offset
+
+    @jit
+    def factors8(w):
+        d = gather_f16x8(w, step)
+        return d, d * splat_f32x8(offset)
+
+    return BlockFormat(fmt, full, lanes, factors, factors8)
+
+
+def with_minimum(fmt: Format, lanes: Callable[..., Any]) -> BlockFormat:
+    """Blocks that start with a scale and a minimum: x = d * u + m."""
+    step = fmt.block_bytes
+
+    @jit
+    def factors(w):
+        return load_f16(w), load_f16(w + 2)
+
+    @jit
+    def factors8(w):
+        return gather_f16x8(w, step), gather_f16x8(w + 2, step)
+
+    return BlockFormat(fmt, False, lanes, factors, factors8)
 
 
 @jit
@@ -245,11 +257,11 @@ UNPACK: dict[int, KFormat | BlockFormat | FloatFormat] = {
         KFormat(Q4_K, 32, q4_k_lanes, k45_scales, k45_mins, k45_factors, q4_k_halves, k45_words),
         KFormat(Q5_K, 32, q5_k_lanes, k45_scales, k45_mins, k45_factors, q5_k_halves, k45_words),
         KFormat(Q6_K, 16, q6_k_lanes, q6_k_scales, q6_k_mins, q6_k_factors),
-        BlockFormat(Q8_0, True, q8_0_lanes, q8_0_factors),
-        BlockFormat(Q4_0, False, q4_0_lanes, q4_0_factors),
-        BlockFormat(Q4_1, False, q4_1_lanes, scale_and_min),
-        BlockFormat(Q5_0, False, q5_0_lanes, q5_0_factors),
-        BlockFormat(Q5_1, False, q5_1_lanes, scale_and_min),
+        centred(Q8_0, True, q8_0_lanes, 128),
+        centred(Q4_0, False, q4_0_lanes, 8),
+        with_minimum(Q4_1, q4_1_lanes),
+        centred(Q5_0, False, q5_0_lanes, 16),
+        with_minimum(Q5_1, q5_1_lanes),
         FloatFormat(F32, f32_lanes),
         FloatFormat(F16, f16_lanes),
         FloatFormat(BF16, bf16_lanes),

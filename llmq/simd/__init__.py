@@ -72,20 +72,41 @@ from llmq.simd.basics import (
 from llmq.simd.calls import call, pause, record_at, stack
 from llmq.simd.dot import dot_i16x8, dot_i16x16, dot_u7s8, dot_u7s8_half, dot_u7s8_scaled, dot_u8s8
 from llmq.simd.exp import exp_f32x16
-from llmq.simd.half import load_f16, load_f16_pair, load_f16x16, store_f16, store_f16x16
+from llmq.simd.half import gather_f16x8, load_f16, load_f16_pair, load_f16x16, store_f16, store_f16x16
+from llmq.simd.strip import (
+    ROWS,
+    TOKENS,
+    strip_add_scaled16,
+    strip_add_scaled32,
+    strip_dot32_u7,
+    strip_dot32_u8,
+    strip_dot_pair,
+    strip_f32,
+    strip_fma,
+    strip_fma_scaled,
+    strip_fma_scaled2,
+    strip_i32,
+    strip_load,
+    strip_store,
+)
 from llmq.simd.tile import (
-    tile_dot16_u7,
-    tile_dot32_u7,
-    tile_dot32_u8,
-    tile_dot_pair,
+    tile_add_blocks,
+    tile_add_mins,
+    tile_add_product8,
+    tile_add_product16,
+    tile_add_scaled,
+    tile_dot_scaled,
+    tile_dot_u7,
+    tile_dot_u8,
     tile_f32,
+    tile_f32x4,
+    tile_f32x8,
     tile_fma,
-    tile_fma_scaled,
     tile_i32,
     tile_load,
-    tile_mul_add,
     tile_scale,
     tile_store,
+    tile_sums,
 )
 from llmq.simd.unpack import (
     bits_u8x32,
@@ -102,4 +123,4 @@ from llmq.simd.unpack import (
     twice_low,
     widen_u64x2,
 )
-from llmq.simd.vector import ADDRESS, F16, F32, I64, ISA, TILE, f32x16, i8x16, i16x16, ll, pointer, splat, u8x64
+from llmq.simd.vector import ADDRESS, F16, F32, I64, ISA, f32x16, i8x16, i16x16, ll, pointer, splat, u8x64

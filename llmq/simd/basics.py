@@ -136,15 +136,15 @@ add_lanes_i32x16 = op(lambda b, x: call_intrinsic(b, "llvm.vector.reduce.add.v16
 max_lanes_f32x16 = op(lambda b, x: call_intrinsic(b, "llvm.vector.reduce.fmax.v16f32", F32, x), types.float32, f32x16)
 
 
-def _add_lanes(b: Any, x: Any) -> Any:
+def add_lanes(b: Any, x: Any) -> Any:
     while x.type.count > 1:
         low, high = slices(b, x, 2)
         x = b.fadd(low, high)
     return b.extract_element(x, ir.Constant(I32, 0))
 
 
-add_lanes_f32x16 = op(_add_lanes, types.float32, f32x16)
-add_lanes_f32x8 = op(_add_lanes, types.float32, f32x8)
+add_lanes_f32x16 = op(add_lanes, types.float32, f32x16)
+add_lanes_f32x8 = op(add_lanes, types.float32, f32x8)
 
 fma = op(lambda b, x, y, z: call_intrinsic(b, "llvm.fma.v16f32", ll(f32x16), x, y, z), f32x16, f32x16, f32x16, f32x16)
 fma8 = op(lambda b, x, y, z: call_intrinsic(b, "llvm.fma.v8f32", ll(f32x8), x, y, z), f32x8, f32x8, f32x8, f32x8)
@@ -177,4 +177,4 @@ f32_of_i32x4 = op(lambda b, x: b.sitofp(x, ll(f32x4)), f32x4, i32x4)
 zero_i32x4 = op(lambda _b: ir.Constant(ll(i32x4), None), i32x4)
 splat_f32x4 = op(lambda b, x: splat(b, x, 4), f32x4, types.float32)
 fma4 = op(lambda b, x, y, z: call_intrinsic(b, "llvm.fma.v4f32", ll(f32x4), x, y, z), f32x4, f32x4, f32x4, f32x4)
-add_lanes_f32x4 = op(_add_lanes, types.float32, f32x4)
+add_lanes_f32x4 = op(add_lanes, types.float32, f32x4)

@@ -109,7 +109,7 @@ def dot_i16(b: Any, acc: Any, x: Any, y: Any) -> Any:
 dot_i16x16 = op(dot_i16, i32x8, i32x8, i16x16, i16x16)
 
 
-def _dot_scaled(b: Any, acc: Any, u: Any, s: Any, scales: Any) -> Any:
+def dot_scaled(b: Any, acc: Any, u: Any, s: Any, scales: Any) -> Any:
     """acc[i] += scale * (u[4i]*s[4i] + ... + u[4i+3]*s[4i+3]); i16 lanes 2i and 2i+1 both hold the scale.
 
     On x86 two products of bytes fit 16 bits (127 * 127 * 2), and the step that adds pairs multiplies by the scale too.
@@ -127,7 +127,7 @@ def _dot_scaled(b: Any, acc: Any, u: Any, s: Any, scales: Any) -> Any:
 
 
 # u below 128
-dot_u7s8_scaled = op(_dot_scaled, i32x16, i32x16, u8x64, i8x64, i16x32)
+dot_u7s8_scaled = op(dot_scaled, i32x16, i32x16, u8x64, i8x64, i16x32)
 
 
 def _dot_scaled_half(b: Any, acc: Any, u: Any, s: Any, at: Any) -> Any:

@@ -7,10 +7,28 @@ from numba import types
 from numba.core.typing.templates import signature
 from numba.extending import intrinsic
 
-from llmq.simd.vector import ADDRESS, F16, F32, I16, I32, ISA, const, f32x16, i32x16, ll, op, pointer, splat, u16x16
+from llmq.simd.vector import (
+    ADDRESS,
+    F16,
+    F32,
+    I16,
+    I32,
+    I64,
+    ISA,
+    const,
+    f32x8,
+    f32x16,
+    i32x16,
+    literal,
+    ll,
+    op,
+    pointer,
+    splat,
+    u16x16,
+)
 
 
-def _widen(b: Any, half: Any) -> Any:
+def widen(b: Any, half: Any) -> Any:
     """IEEE half bits (i16 vector or scalar) to float; in integer steps where the processor has no instruction."""
     vector = isinstance(half.type, ir.VectorType)
     n = half.type.count if vector else 0
@@ -47,8 +65,8 @@ def _narrow(b: Any, x: Any) -> Any:
     return b.trunc(b.or_(result, sign), ll(u16x16))
 
 
-load_f16x16 = op(lambda b, a: _widen(b, b.load(pointer(b, a, ll(u16x16)), align=1)), f32x16, ADDRESS)
-load_f16 = op(lambda b, a: _widen(b, b.load(pointer(b, a, I16), align=1)), types.float32, ADDRESS)
+load_f16x16 = op(lambda b, a: widen(b, b.load(pointer(b, a, ll(u16x16)), align=1)), f32x16, ADDRESS)
+load_f16 = op(lambda b, a: widen(b, b.load(pointer(b, a, I16), align=1)), types.float32, ADDRESS)
 
 
 @intrinsic
@@ -56,7 +74,7 @@ def load_f16_pair(typingctx: Any, address: Any) -> Any:  # noqa: ARG001
     """Two half floats side by side, as two floats."""
 
     def codegen(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        both = _widen(b, b.load(pointer(b, args[0], ir.VectorType(I16, 2)), align=1))
+        both = widen(b, b.load(pointer(b, args[0], ir.VectorType(I16, 2)), align=1))
         items = [b.extract_element(both, ir.Constant(I32, i)) for i in range(2)]
         return context.make_tuple(b, sig.return_type, items)
 
@@ -76,3 +94,20 @@ def _store_one_f16(b: Any, address: Any, x: Any) -> None:
 
 
 store_f16 = op(_store_one_f16, types.void, ADDRESS, types.float32)
+
+
+@intrinsic
+def gather_f16x8(typingctx: Any, address: Any, step: Any) -> Any:  # noqa: ARG001
+    """Eight half floats, `step` (a literal) bytes apart, as floats."""
+    stride = literal(step)
+    if stride is None:
+        return None
+
+    def codegen(_context: Any, b: Any, _sig: Any, args: Any) -> Any:
+        halves = ir.Constant(ir.VectorType(I16, 8), ir.Undefined)
+        for i in range(8):
+            at = b.add(args[0], ir.Constant(I64, i * stride))
+            halves = b.insert_element(halves, b.load(pointer(b, at, I16), align=1), ir.Constant(I32, i))
+        return widen(b, halves)
+
+    return signature(f32x8, ADDRESS, step), codegen

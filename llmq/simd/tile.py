@@ -8,7 +8,8 @@ from numba import types
 from numba.core.typing.templates import signature
 from numba.extending import intrinsic
 
-from llmq.simd.dot import dot_full, dot_i16, dot_small
+from llmq.simd.basics import add_lanes
+from llmq.simd.dot import dot_full, dot_i16, dot_scaled, dot_small
 from llmq.simd.vector import (
     ADDRESS,
     F32,
@@ -16,6 +17,8 @@ from llmq.simd.vector import (
     I64,
     Vec,
     call_intrinsic,
+    f32x4,
+    f32x8,
     f32x16,
     i8x64,
     i16x32,
@@ -24,32 +27,29 @@ from llmq.simd.vector import (
     literal,
     ll,
     pointer,
+    shuffle,
+    slices,
     splat,
     u8x64,
 )
 
 
-@intrinsic
-def tile_i32(typingctx: Any, n: Any) -> Any:  # noqa: ARG001
-    """`n` (a literal) zero vectors i32x16."""
-    return _zero_tile(i32x16, n)
+def _zero_tile(vec: Vec) -> Any:
+    def declare(typingctx: Any, n: Any) -> Any:  # noqa: ARG001
+        count = literal(n)
+        if count is None:
+            return None
+
+        def codegen(context: Any, b: Any, sig: Any, _args: Any) -> Any:
+            return context.make_tuple(b, sig.return_type, [ir.Constant(ll(vec), None)] * count)
+
+        return signature(types.UniTuple(vec, count), n), codegen
+
+    return intrinsic_of(declare, 1)
 
 
-@intrinsic
-def tile_f32(typingctx: Any, n: Any) -> Any:  # noqa: ARG001
-    """`n` (a literal) zero vectors f32x16."""
-    return _zero_tile(f32x16, n)
-
-
-def _zero_tile(vec: Vec, n: Any) -> Any:
-    count = literal(n)
-    if count is None:
-        return None
-
-    def codegen(context: Any, b: Any, sig: Any, _args: Any) -> Any:
-        return context.make_tuple(b, sig.return_type, [ir.Constant(ll(vec), None)] * count)
-
-    return signature(types.UniTuple(vec, count), n), codegen
+# `n` (a literal) zero vectors
+tile_i32, tile_f32, tile_f32x8, tile_f32x4 = map(_zero_tile, (i32x16, f32x16, f32x8, f32x4))
 
 
 def _each(build: Callable[..., Any], takes: tuple[Any, ...]) -> Any:
@@ -65,47 +65,17 @@ def _each(build: Callable[..., Any], takes: tuple[Any, ...]) -> Any:
     return intrinsic_of(declare, 1 + len(takes))
 
 
-def _word(b: Any, base: Any, stride: Any, i: int, t: ir.Type) -> Any:
-    address = b.add(base, b.mul(stride, ir.Constant(I64, i))) if i else base
-    return b.load(pointer(b, address, t), align=1)
+def _at(b: Any, base: Any, stride: Any, i: int) -> Any:
+    return b.add(base, b.mul(stride, ir.Constant(I64, i))) if i else base
 
 
-def _dot_block(dot: Callable[..., Any], n: int) -> Any:
-    """A tile's tokens against 4 * n weights of 16 rows: weight vectors at `w`, words at `x`, x + stride..."""
-
-    def declare(typingctx: Any, tile: Any, *_args: Any) -> Any:  # noqa: ARG001
-        def codegen(context: Any, b: Any, sig: Any, values: Any) -> Any:
-            tokens, w, x, stride = values
-            acc = [b.extract_value(tokens, i) for i in range(tile.count)]
-            for k in range(n):
-                weights = b.load(pointer(b, b.add(w, ir.Constant(I64, 64 * k)), ll(u8x64)), align=64)
-                at = b.add(x, ir.Constant(I64, 4 * k))
-                for i in range(tile.count):
-                    word = splat(b, _word(b, at, stride, i, I32), 16)
-                    acc[i] = dot(b, acc[i], weights, b.bitcast(word, ll(i8x64)))
-            return context.make_tuple(b, sig.return_type, acc)
-
-        return signature(tile, tile, ADDRESS, ADDRESS, ADDRESS), codegen
-
-    return intrinsic_of(declare, 4)
-
-
-# 32 or 16 weights of 16 rows; bytes below 128, or any
-tile_dot32_u7, tile_dot32_u8 = _dot_block(dot_small, 8), _dot_block(dot_full, 8)
-tile_dot16_u7 = _dot_block(dot_small, 4)
-
-
-def _dot_pairs(b: Any, i: int, acc: Any, x: Any, at: Any, stride: Any) -> Any:
-    pair = b.bitcast(splat(b, _word(b, at, stride, i, I32), 16), ll(i16x32))
-    return dot_i16(b, acc, x, pair)
-
-
-# acc[i] += x (16 rows of two i16) . the two i16 at `at + i * stride`
-tile_dot_pair = _each(_dot_pairs, (i16x32, ADDRESS, ADDRESS))
+def _vector(b: Any, base: Any, stride: Any, i: int, t: ir.Type) -> Any:
+    """What lies at `base + i * stride`."""
+    return b.load(pointer(b, _at(b, base, stride, i), t), align=1)
 
 
 def _fma_word(b: Any, i: int, acc: Any, x: Any, at: Any, stride: Any) -> Any:
-    return call_intrinsic(b, "llvm.fma.v16f32", ll(f32x16), x, splat(b, _word(b, at, stride, i, F32), 16), acc)
+    return call_intrinsic(b, "llvm.fma.v16f32", ll(f32x16), x, splat(b, _vector(b, at, stride, i, F32), 16), acc)
 
 
 # acc[i] += x * (the float at `at + i * stride`)
@@ -113,43 +83,118 @@ tile_fma = _each(_fma_word, (f32x16, ADDRESS, ADDRESS))
 
 
 def _scale_word(b: Any, i: int, acc: Any, at: Any, stride: Any) -> Any:
-    return b.fmul(acc, splat(b, _word(b, at, stride, i, F32), 16))
+    return b.fmul(acc, splat(b, _vector(b, at, stride, i, F32), 16))
 
 
 # acc[i] *= the float at `at + i * stride`
 tile_scale = _each(_scale_word, (ADDRESS, ADDRESS))
 
 
-def _each2(build: Callable[..., Any], other: Any, *takes: Any) -> Any:
-    """Like `_each` with a second tile of `other` vectors beside the first: build(builder, i, acc[i], other[i], ...)."""
+def _dot(dot: Callable[..., Any]) -> Callable[..., Any]:
+    def build(b: Any, i: int, acc: Any, lanes: Any, at: Any, stride: Any) -> Any:
+        return dot(b, acc, lanes, _vector(b, at, stride, i, ll(i8x64)))
 
-    def declare(typingctx: Any, tile: Any, *args: Any) -> Any:  # noqa: ARG001
-        def codegen(context: Any, b: Any, sig: Any, values: Any) -> Any:
-            first, second = values[:2]
-            items = [
-                build(b, i, b.extract_value(first, i), b.extract_value(second, i), *values[2:])
-                for i in range(tile.count)
-            ]
-            return context.make_tuple(b, sig.return_type, items)
-
-        return signature(tile, tile, types.UniTuple(other, tile.count), *takes), codegen
-
-    return intrinsic_of(declare, 2 + len(takes))
+    return build
 
 
-def _mul_add(b: Any, _i: int, acc: Any, x: Any, scale: Any) -> Any:
-    return b.add(acc, b.mul(x, scale))
+# acc[i] += lanes . (the 64 bytes at `at + i * stride`); lanes below 128, or any byte
+tile_dot_u7 = _each(_dot(dot_small), (u8x64, ADDRESS, ADDRESS))
+tile_dot_u8 = _each(_dot(dot_full), (u8x64, ADDRESS, ADDRESS))
 
 
-def _fma_scaled(b: Any, i: int, acc: Any, x: Any, scale: Any, at: Any, stride: Any) -> Any:
-    factor = b.fmul(scale, splat(b, _word(b, at, stride, i, F32), 16))
-    return call_intrinsic(b, "llvm.fma.v16f32", ll(f32x16), b.sitofp(x, ll(f32x16)), factor, acc)
+def _dot_scaled(b: Any, i: int, acc: Any, lanes: Any, scales: Any, at: Any, stride: Any) -> Any:
+    return dot_scaled(b, acc, lanes, _vector(b, at, stride, i, ll(i8x64)), scales)
 
 
-# acc[i] += x[i] * scale, in integers
-tile_mul_add = _each2(_mul_add, i32x16, i32x16)
-# acc[i] += float(x[i]) * scale * (the float at `at + i * stride`)
-tile_fma_scaled = _each2(_fma_scaled, i32x16, f32x16, ADDRESS, ADDRESS)
+# acc[i] += scale * (lanes . (the 64 bytes at `at + i * stride`)); lanes below 128, a scale for two of them
+tile_dot_scaled = _each(_dot_scaled, (u8x64, i16x32, ADDRESS, ADDRESS))
+
+
+def _fold(b: Any, x: Any, n: int) -> Any:
+    """Lanes added up until `n` are left."""
+    while x.type.count > n:
+        low, high = slices(b, x, 2)
+        x = b.add(low, high)
+    return x
+
+
+def _add_scaled(b: Any, i: int, acc: Any, sums: Any, scale: Any, at: Any, stride: Any) -> Any:
+    """acc + float(sums) * (scale * the float at `at + i * stride`)."""
+    n = acc.type.count
+    factor = splat(b, b.fmul(scale, _vector(b, at, stride, i, F32)), n)
+    return call_intrinsic(b, f"llvm.fma.v{n}f32", acc.type, b.sitofp(_fold(b, sums, n), acc.type), factor, acc)
+
+
+@intrinsic
+def tile_add_scaled(typingctx: Any, tile: Any, sums: Any, scale: Any, at: Any, stride: Any) -> Any:  # noqa: ARG001
+    """acc[i] += float(sums[i]) * (scale * the float at `at + i * stride`); sums are folded to acc's lanes."""
+
+    def codegen(context: Any, b: Any, sig: Any, values: Any) -> Any:
+        acc, parts, *rest = values
+        items = [
+            _add_scaled(b, i, b.extract_value(acc, i), b.extract_value(parts, i), *rest) for i in range(tile.count)
+        ]
+        return context.make_tuple(b, sig.return_type, items)
+
+    return signature(tile, tile, sums, types.float32, ADDRESS, ADDRESS), codegen
+
+
+@intrinsic
+def tile_add_mins(ctx: Any, tile: Any, mins: Any, sums: Any, scale: Any, at: Any, stride: Any) -> Any:  # noqa: ARG001
+    """acc[i] += float(mins . the i16 sums at `sums + i * stride`) * (scale * the float at `at + i * stride`)."""
+
+    def codegen(context: Any, b: Any, sig: Any, values: Any) -> Any:
+        acc, m, s, *rest = values
+        step = rest[-1]
+        zero = ir.Constant(ir.VectorType(I32, mins.n // 2), None)
+        items = []
+        for i in range(tile.count):
+            product = dot_i16(b, zero, m, _vector(b, s, step, i, ll(mins)))
+            items.append(_add_scaled(b, i, b.extract_value(acc, i), product, *rest))
+        return context.make_tuple(b, sig.return_type, items)
+
+    return signature(tile, tile, mins, ADDRESS, types.float32, ADDRESS, ADDRESS), codegen
+
+
+@intrinsic
+def tile_add_blocks(ctx: Any, tile: Any, sums: Any, d: Any, part: Any, at: Any, stride: Any) -> Any:  # noqa: ARG001
+    """acc[i] += float(sums[i]) * d * (the eight floats at `at + i * stride`), of blocks 2 * part and 2 * part + 1."""
+    first = literal(part)
+    if first is None:
+        return None
+
+    def codegen(context: Any, b: Any, sig: Any, values: Any) -> Any:
+        acc, parts, scales, _part, base, step = values
+        items = []
+        for i in range(tile.count):
+            scaled = b.fmul(scales, _vector(b, base, step, i, ll(f32x8)))
+            factor = shuffle(b, scaled, scaled, [2 * first + lane // 8 for lane in range(16)])
+            product = b.sitofp(b.extract_value(parts, i), ll(f32x16))
+            items.append(call_intrinsic(b, "llvm.fma.v16f32", ll(f32x16), product, factor, b.extract_value(acc, i)))
+        return context.make_tuple(b, sig.return_type, items)
+
+    return signature(tile, tile, sums, f32x8, part, ADDRESS, ADDRESS), codegen
+
+
+def _add_product(b: Any, i: int, acc: Any, x: Any, at: Any, stride: Any) -> Any:
+    name = f"llvm.fma.v{acc.type.count}f32"
+    return call_intrinsic(b, name, acc.type, x, _vector(b, at, stride, i, acc.type), acc)
+
+
+# acc[i] += x * (the eight or sixteen floats at `at + i * stride`)
+tile_add_product8 = _each(_add_product, (f32x8, ADDRESS, ADDRESS))
+tile_add_product16 = _each(_add_product, (f32x16, ADDRESS, ADDRESS))
+
+
+@intrinsic
+def tile_sums(typingctx: Any, tile: Any, other: Any) -> Any:  # noqa: ARG001
+    """The lanes of tile[i] and of other[i] added up, float32s; in one order, whatever surrounds it."""
+
+    def codegen(context: Any, b: Any, sig: Any, values: Any) -> Any:
+        items = [b.fadd(*(add_lanes(b, b.extract_value(v, i)) for v in values)) for i in range(tile.count)]
+        return context.make_tuple(b, sig.return_type, items)
+
+    return signature(types.UniTuple(types.float32, tile.count), tile, other), codegen
 
 
 @intrinsic
@@ -157,7 +202,7 @@ def tile_load(typingctx: Any, tile: Any, at: Any, stride: Any) -> Any:  # noqa: 
     """The tile's vectors f32x16 from `at`, `at + stride`, ..."""
 
     def codegen(context: Any, b: Any, sig: Any, values: Any) -> Any:
-        items = [_word(b, values[1], values[2], i, ll(f32x16)) for i in range(tile.count)]
+        items = [_vector(b, values[1], values[2], i, ll(f32x16)) for i in range(tile.count)]
         return context.make_tuple(b, sig.return_type, items)
 
     return signature(tile, tile, ADDRESS, ADDRESS), codegen
@@ -170,8 +215,7 @@ def tile_store(typingctx: Any, at: Any, stride: Any, tile: Any) -> Any:  # noqa:
     def codegen(context: Any, b: Any, _sig: Any, values: Any) -> Any:
         base, step, vectors = values
         for i in range(tile.count):
-            address = b.add(base, b.mul(step, ir.Constant(I64, i))) if i else base
-            b.store(b.extract_value(vectors, i), pointer(b, address, ll(tile.dtype)), align=1)
+            b.store(b.extract_value(vectors, i), pointer(b, _at(b, base, step, i), ll(tile.dtype)), align=1)
         return context.get_dummy_value()
 
     return signature(types.void, ADDRESS, ADDRESS, tile), codegen

@@ -45,8 +45,6 @@ def _detect() -> str:
 
 
 ISA = _detect()
-# Tokens a matrix product keeps in registers at once: eight accumulators and their sums fit 32 registers, not 16.
-TILE = 8 if ISA == "avx512vnni" else 4
 
 
 class Vec(types.Type):

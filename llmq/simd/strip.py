@@ -1,0 +1,206 @@
+"""A strip of rows times a few tokens, in registers: the inner step of a matrix product.
+
+A strip value is a tuple of vectors, 16 rows each: rows 0..15 of token 0, rows 16..31 of token 0, then token 1. Weights
+lie as vectors of 16 rows x 4 weights, the vectors of one word of four weights side by side; a token's word of four
+activations is broadcast from memory. Tokens lie `step` bytes apart, a constant, so that addresses need no arithmetic.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core.typing.templates import signature
+from numba.extending import intrinsic
+
+from llmq.simd.dot import dot_full, dot_i16, dot_small
+from llmq.simd.vector import (
+    ADDRESS,
+    F32,
+    I32,
+    I64,
+    ISA,
+    Vec,
+    call_intrinsic,
+    f32x16,
+    i8x64,
+    i16x32,
+    i32x16,
+    intrinsic_of,
+    literal,
+    ll,
+    pointer,
+    splat,
+    u8x64,
+)
+
+# Two vectors of rows share each broadcast word where registers are many: loads are what bounds a product otherwise.
+# Tokens at once: sums and totals of all of them must fit the registers, with the weights and a word beside.
+VECTORS, TOKENS = (4, 3) if ISA == "avx512vnni" else (1, 4)
+ROWS = 16 * VECTORS
+
+
+def _zeros(vec: Vec, n: Any) -> Any:
+    tokens = literal(n)
+    if tokens is None:
+        return None
+    count = tokens * VECTORS
+
+    def codegen(context: Any, b: Any, sig: Any, _args: Any) -> Any:
+        return context.make_tuple(b, sig.return_type, [ir.Constant(ll(vec), None)] * count)
+
+    return signature(types.UniTuple(vec, count), n), codegen
+
+
+@intrinsic
+def strip_i32(typingctx: Any, n: Any) -> Any:  # noqa: ARG001
+    """Zero sums of `n` (a literal) tokens."""
+    return _zeros(i32x16, n)
+
+
+@intrinsic
+def strip_f32(typingctx: Any, n: Any) -> Any:  # noqa: ARG001
+    """Zero sums of `n` (a literal) tokens, as floats."""
+    return _zeros(f32x16, n)
+
+
+def _at(b: Any, base: Any, offset: int) -> Any:
+    return b.add(base, ir.Constant(I64, offset)) if offset else base
+
+
+def _vectors(b: Any, at: Any, t: ir.Type) -> list[Any]:
+    """The vectors of a strip's rows at an address."""
+    return [b.load(pointer(b, _at(b, at, 64 * v), t), align=64) for v in range(VECTORS)]
+
+
+def _word(b: Any, x: Any, token: int, step: int, t: ir.Type) -> Any:
+    return splat(b, b.load(pointer(b, _at(b, x, token * step), t), align=4), 16)
+
+
+def _strip_op(build: Callable[..., list[Any]], arity: int, others: tuple[Any, ...] = ()) -> Any:
+    """An intrinsic strip, *others, *addresses, step (a literal) -> strip; build(b, items, *values, step)."""
+
+    def declare(typingctx: Any, strip: Any, *args: Any) -> Any:  # noqa: ARG001
+        step = literal(args[-1])
+        if step is None:
+            return None
+        seconds = [types.UniTuple(other, strip.count) for other in others]
+        addresses = [ADDRESS] * (len(args) - 1 - len(others))
+
+        def codegen(context: Any, b: Any, sig: Any, values: Any) -> Any:
+            tuples = [[b.extract_value(v, i) for i in range(strip.count)] for v in values[: 1 + len(others)]]
+            items = build(b, *tuples, *values[1 + len(others) : -1], step)
+            return context.make_tuple(b, sig.return_type, items)
+
+        return signature(strip, strip, *seconds, *addresses, args[-1]), codegen
+
+    return intrinsic_of(declare, arity)
+
+
+def _dot_words(dot: Callable[..., Any], n: int) -> Callable[..., list[Any]]:
+    """Sums of 4 * n products: weight vectors at `w`, activations at `x`."""
+
+    def build(b: Any, sums: list[Any], w: Any, x: Any, step: int) -> list[Any]:
+        for k in range(n):
+            weights = _vectors(b, _at(b, w, 64 * VECTORS * k), ll(u8x64))
+            for token in range(len(sums) // VECTORS):
+                word = b.bitcast(_word(b, _at(b, x, 4 * k), token, step, I32), ll(i8x64))
+                for v in range(VECTORS):
+                    i = token * VECTORS + v
+                    sums[i] = dot(b, sums[i], weights[v], word)
+        return sums
+
+    return build
+
+
+def _add_scaled(dot: Callable[..., Any], n: int) -> Callable[..., list[Any]]:
+    """totals += scale * (sum of 4 * n products), in integers; i32 scales at `scales`."""
+    words = _dot_words(dot, n)
+
+    def build(b: Any, totals: list[Any], w: Any, x: Any, scales: Any, step: int) -> list[Any]:
+        sums = words(b, [ir.Constant(ll(i32x16), None)] * len(totals), w, x, step)
+        factors = _vectors(b, scales, ll(i32x16))
+        return [
+            b.add(total, b.mul(s, factors[i % VECTORS])) for i, (total, s) in enumerate(zip(totals, sums, strict=True))
+        ]
+
+    return build
+
+
+# totals += scale * (weights . activations) of 32 or 16 weights below 128: totals, weights, activations, scales, step
+strip_add_scaled32 = _strip_op(_add_scaled(dot_small, 8), 5)
+strip_add_scaled16 = _strip_op(_add_scaled(dot_small, 4), 5)
+# sums += 32 weights . activations; weights below 128, or any byte: sums, weights, activations, step
+strip_dot32_u7 = _strip_op(_dot_words(dot_small, 8), 4)
+strip_dot32_u8 = _strip_op(_dot_words(dot_full, 8), 4)
+
+
+def _dot_pairs(b: Any, sums: list[Any], pairs: Any, x: Any, step: int) -> list[Any]:
+    rows = _vectors(b, pairs, ll(i16x32))
+    words = [b.bitcast(_word(b, x, t, step, I32), ll(i16x32)) for t in range(len(sums) // VECTORS)]
+    return [dot_i16(b, s, rows[i % VECTORS], words[i // VECTORS]) for i, s in enumerate(sums)]
+
+
+# sums += (pairs of i16 of each row) . (the two i16 of each token): sums, pairs, activations, step
+strip_dot_pair = _strip_op(_dot_pairs, 4)
+
+
+def _fma(b: Any, x: Any, y: Any, z: Any) -> Any:
+    return call_intrinsic(b, "llvm.fma.v16f32", ll(f32x16), x, y, z)
+
+
+def _fma_word(b: Any, acc: list[Any], w: Any, x: Any, step: int) -> list[Any]:
+    rows = _vectors(b, w, ll(f32x16))
+    words = [_word(b, x, t, step, F32) for t in range(len(acc) // VECTORS)]
+    return [_fma(b, rows[i % VECTORS], words[i // VECTORS], a) for i, a in enumerate(acc)]
+
+
+# acc += (a float of each row) * (a float of each token): acc, rows, activations, step
+strip_fma = _strip_op(_fma_word, 4)
+
+
+def _fma_scaled(b: Any, acc: list[Any], sums: list[Any], w: Any, x: Any, step: int) -> list[Any]:
+    rows = _vectors(b, w, ll(f32x16))
+    words = [_word(b, x, t, step, F32) for t in range(len(acc) // VECTORS)]
+    factors = [b.fmul(rows[i % VECTORS], words[i // VECTORS]) for i in range(len(acc))]
+    return [_fma(b, b.sitofp(s, ll(f32x16)), f, a) for s, f, a in zip(sums, factors, acc, strict=True)]
+
+
+def _fma_scaled2(b: Any, acc: list[Any], first: list[Any], second: list[Any], w: Any, x: Any, step: int) -> list[Any]:
+    rows = [_vectors(b, _at(b, w, part * 4 * ROWS), ll(f32x16)) for part in (0, 1)]
+    words = [_word(b, x, t, step, F32) for t in range(len(acc) // VECTORS)]
+    out = []
+    for i, old in enumerate(acc):
+        value = b.fmul(b.sitofp(first[i], ll(f32x16)), rows[0][i % VECTORS])
+        value = _fma(b, b.sitofp(second[i], ll(f32x16)), rows[1][i % VECTORS], value)
+        out.append(_fma(b, value, words[i // VECTORS], old))
+    return out
+
+
+# acc += float(sums) * (a float of each row) * (a float of each token): acc, sums, rows, activations, step
+strip_fma_scaled = _strip_op(_fma_scaled, 5, (i32x16,))
+# the same with two kinds of sums, each with a line of floats of its own: acc, first, second, rows, activations, step
+strip_fma_scaled2 = _strip_op(_fma_scaled2, 6, (i32x16, i32x16))
+
+
+@intrinsic
+def strip_load(typingctx: Any, strip: Any, at: Any) -> Any:  # noqa: ARG001
+    """The strip that lies at an address as [token][ROWS]."""
+
+    def codegen(context: Any, b: Any, sig: Any, values: Any) -> Any:
+        vectors = [b.load(pointer(b, _at(b, values[1], 64 * i), ll(strip.dtype)), align=64) for i in range(strip.count)]
+        return context.make_tuple(b, sig.return_type, vectors)
+
+    return signature(strip, strip, ADDRESS), codegen
+
+
+@intrinsic
+def strip_store(typingctx: Any, at: Any, strip: Any) -> Any:  # noqa: ARG001
+    """Write the strip to an address as [token][ROWS]."""
+
+    def codegen(context: Any, b: Any, _sig: Any, values: Any) -> Any:
+        for i in range(strip.count):
+            b.store(b.extract_value(values[1], i), pointer(b, _at(b, values[0], 64 * i), ll(strip.dtype)), align=64)
+        return context.get_dummy_value()
+
+    return signature(types.void, ADDRESS, strip), codegen
