@@ -12,21 +12,24 @@ import numpy as np
 
 from llmq.config import ModelConfig
 from llmq.errors import UsageError
+from llmq.kernels.kv import F16_KV, KVFormat
 from llmq.team import aligned
 
 BLOCK = 16
+OVERREAD = 256  # attention reads whole registers past the values of small heads
 
 
 class KVRing:
-    """Keys and values f16 of all layers for one conversation; `length` is the number of positions that count."""
+    """Keys and values of all layers for one conversation; `length` is the number of positions that count."""
 
-    def __init__(self, config: ModelConfig, n_ctx: int, window: int, batch: int) -> None:
+    def __init__(self, config: ModelConfig, n_ctx: int, window: int, batch: int, kv: KVFormat = F16_KV) -> None:
         needed = min(n_ctx, window + batch) if window else n_ctx
         self.capacity = -(-needed // BLOCK) * BLOCK
         self.window = window
         self.length = 0
         self._first = 0  # the oldest position that has not been overwritten
-        self.memory: np.ndarray = aligned(ring_bytes(config, self.capacity))
+        n_bytes = ring_bytes(config, self.capacity, kv)
+        self.memory: np.ndarray = aligned(n_bytes + OVERREAD)[:n_bytes]
 
     @property
     def address(self) -> int:
@@ -59,6 +62,6 @@ class KVRing:
             self._first = 0
 
 
-def ring_bytes(config: ModelConfig, capacity: int) -> int:
-    """Bytes of a ring of `capacity` positions: two halves of f16 for each layer, KV head and dimension."""
-    return 2 * 2 * config.n_layers * config.n_kv_heads * config.head_dim * capacity
+def ring_bytes(config: ModelConfig, capacity: int, kv: KVFormat = F16_KV) -> int:
+    """Bytes of a ring of `capacity` positions: a key and a value for each layer and KV head."""
+    return 2 * config.n_layers * config.n_kv_heads * kv.row_bytes(config.head_dim) * capacity

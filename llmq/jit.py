@@ -26,8 +26,8 @@ from numba.core.ccallback import CFunc
 from numba.core.registry import cpu_target
 from platformdirs import user_cache_path
 
-# nnan and ninf stay out: masks are -inf, and a NaN must stay one. So does reassoc: the order of a sum is part of a result,
-# which may not depend on what the compiler finds around it.
+# nnan and ninf stay out: masks are -inf, and a NaN must stay one. So does reassoc: a result may not depend on what the
+# compiler finds around a sum.
 FASTMATH = {"nsz", "arcp", "contract", "afn"}
 OPTIONS: dict[str, Any] = {"error_model": "numpy", "fastmath": FASTMATH}
 MAGIC = b"llmq-kernel-1\n"

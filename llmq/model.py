@@ -16,6 +16,7 @@ from llmq.errors import FileFormatError, ResourceError, UsageError
 from llmq.generate import Generation
 from llmq.gguf import GGUF, open_gguf, quoted
 from llmq.jit import compile_log
+from llmq.kernels.kv import F16_KV, KV_FORMATS, KVFormat
 from llmq.prompt import Message, build_prompt, prompt_version
 from llmq.sampler import Sampling
 from llmq.store import resolve
@@ -33,15 +34,16 @@ class Model:
     use after close().
     """
 
-    def __init__(self, gguf: GGUF, config: ModelConfig, n_ctx: int, n_threads: int) -> None:
+    def __init__(self, gguf: GGUF, config: ModelConfig, n_ctx: int, n_threads: int, kv: KVFormat = F16_KV) -> None:
         self.path: Path = gguf.path
         self.config = config
         self.n_ctx = n_ctx
         self.n_threads = n_threads
         self._gguf = gguf
         self._status = self.path.stat()
-        self._engine = Engine(gguf, config, n_threads)
-        self._ring = KVRing(config, n_ctx, config.window, self._engine.batch)
+        self._kv = kv
+        self._engine = Engine(gguf, config, n_threads, kv=kv)
+        self._ring = KVRing(config, n_ctx, config.window, self._engine.batch, kv)
         self._ids: list[int] = []  # what the ring holds, from position 0
         self._tokenizer: Tokenizer | None = None
         self._turns = 0
@@ -106,7 +108,7 @@ class Model:
         """
         self._check_ids(ids)
         self._check_file()
-        ring = KVRing(self.config, self.n_ctx, self.config.window, self._engine.batch)
+        ring = KVRing(self.config, self.n_ctx, self.config.window, self._engine.batch, self._kv)
         found = []
         for first in range(0, len(ids), self._engine.batch):
             part = ids[first : first + self._engine.batch]
@@ -218,12 +220,14 @@ def load(
     n_ctx: int | None = None,
     window: int | None = None,
     threads: int | None = None,
+    kv_type: str = "f16",
     on_event: Callable[[str], None] | None = None,
 ) -> Model:
     """Open a model by name (in the store, or "storyteller") or by the path of a GGUF file.
 
     n_ctx: positions kept (default: the model's own limit, at most 4096 where there is no window to bound the cache).
     window: sliding window in tokens, 0 for none; default: what the file says. threads: default one per physical core.
+    kv_type: "f16", or "q8_0" for a cache of about half the size (docs/performance.md has what it costs).
     on_event: told the name of each kernel that has to be compiled.
 
     Raises UsageError (no such model, bad number), FileFormatError (damaged), UnsupportedError (cannot be run),
@@ -235,9 +239,10 @@ def load(
     config = _with_window(config, window)
     n_ctx = _context(config, n_ctx)
     n_threads = _threads(threads)
-    _check_memory(config, n_ctx)
+    kv = _kv_format(config, kv_type)
+    _check_memory(config, n_ctx, kv)
     compile_log.listener = on_event
-    return Model(gguf, config, n_ctx, n_threads)
+    return Model(gguf, config, n_ctx, n_threads, kv)
 
 
 def _with_window(config: ModelConfig, window: int | None) -> ModelConfig:
@@ -270,9 +275,20 @@ def _threads(threads: int | None) -> int:
     return threads
 
 
-def _check_memory(config: ModelConfig, n_ctx: int) -> None:
+def _kv_format(config: ModelConfig, name: str) -> KVFormat:
+    if name not in KV_FORMATS:
+        raise UsageError(f"there is no KV cache type {quoted(name)}; give one of {', '.join(KV_FORMATS)}")
+    kv = KV_FORMATS[name]
+    if config.head_dim % kv.multiple:
+        raise UsageError(
+            f"a {name} cache needs heads of a multiple of {kv.multiple}; this model's are {config.head_dim}: use f16"
+        )
+    return kv
+
+
+def _check_memory(config: ModelConfig, n_ctx: int, kv: KVFormat) -> None:
     """Refuse what would make the machine swap: the weights are mapped and can be dropped, the cache cannot."""
-    needed = ring_bytes(config, min(n_ctx, config.window + BATCH) if config.window else n_ctx)
+    needed = ring_bytes(config, min(n_ctx, config.window + BATCH) if config.window else n_ctx, kv)
     available = psutil.virtual_memory().available
     if needed > available:
         raise ResourceError(

@@ -16,6 +16,8 @@ from llmq.config import ModelConfig, check_tensors, read_config
 from llmq.engine.cpu import Engine
 from llmq.formats import BF16, F16, F32, FORMATS, Q4_0, Q4_K, Q6_K, Q8_0, Format
 from llmq.gguf import open_gguf
+from llmq.kernels.attention import PART
+from llmq.kernels.kv import F16_KV, KV_FORMATS, Q8_0_KV, KVFormat
 
 N = 520  # positions compared: more than one batch of 512, and more than three windows of 48
 
@@ -35,11 +37,11 @@ SEEDS = {"mixtral": 2}
 
 
 @contextmanager
-def engine(path: Path, n_threads: int = 2, **changes: Any) -> Iterator[Engine]:
+def engine(path: Path, n_threads: int = 2, kv: KVFormat = F16_KV, **changes: Any) -> Iterator[Engine]:
     with open_gguf(path) as gguf:
         config = dataclasses.replace(read_config(gguf), **changes)
         check_tensors(gguf, config)
-        running = Engine(gguf, config, n_threads)
+        running = Engine(gguf, config, n_threads, kv=kv)
         yield running
         running.close()
 
@@ -274,3 +276,31 @@ def test_work_in_several_calls(tiny_model: Tiny, monkeypatch: pytest.MonkeyPatch
         whole = read(running, ids, 512)
         monkeypatch.setattr("llmq.engine.cpu.WORK_PER_CALL", 1.0)
         np.testing.assert_array_equal(read(running, ids, 512), whole)
+
+
+# ---- a few rows at once
+@pytest.mark.parametrize("kv", KV_FORMATS.values(), ids=lambda kv: kv.name)
+@pytest.mark.parametrize("shape", ["dense", "windowed", "mixtral"])
+def test_a_few_rows_at_once_are_bit_for_bit_what_single_rows_are(tiny_model: Tiny, shape: str, kv: KVFormat) -> None:
+    """On both sides of the place where a context is first cut in parts, in formats that round activations."""
+    path, _ = tiny_model(**SHAPES[shape], format={"v.weight": Q6_K, "down.weight": Q8_0, "": Q4_K})
+    with engine(path, kv=kv) as running:
+        ids = some_ids(running.config, PART + 20)
+        rings = [KVRing(running.config, PART + 64, running.config.window, 512, kv) for _ in range(2)]
+        for ring in rings:
+            read(running, ids[: PART - 10], 512, ring)
+        single = read(running, ids[PART - 10 :], 1, rings[0])
+        several = read(running, ids[PART - 10 :], [2, 8, 3, 5, 4, 7, 1], rings[1])
+        np.testing.assert_array_equal(single.view(np.uint32), several.view(np.uint32))
+
+
+def test_a_cache_of_bytes(tiny_model: Tiny) -> None:
+    """Against the naive pass: keys, values and queries are within half a step of 1/127 of the largest of 32."""
+    path, weights = tiny_model(**SHAPES["windowed"])
+    with engine(path, kv=Q8_0_KV) as running:
+        ids = some_ids(running.config)
+        expected = naive.forward(running.config, weights, ids)
+        for chunk in (512, 5):
+            ring = KVRing(running.config, 4096, running.config.window, 512, Q8_0_KV)
+            assert 1e-4 < error(read(running, ids, chunk, ring), expected) < 1e-2
+            assert ring.memory.nbytes == ring_of(running).memory.nbytes * 17 // 32

@@ -1,6 +1,7 @@
 """Every kernel against its naive twin: blocks at their extremes, attention over rings that have wrapped, routers."""
 
 import math
+from typing import Any
 
 import naive
 import numpy as np
@@ -12,9 +13,10 @@ from llmq.engine.cpu import SPARE
 from llmq.engine.plan import KINDS, kernels
 from llmq.formats import FORMATS, Format, dequantize, row_bytes
 from llmq.kernels.activation import BLOCK, FLOAT, GROUP_BYTES, SUMS16, SUMS32, VALUES, K, prepare
-from llmq.kernels.attention import SCRATCH_BYTES, attend1, attend4, attend8, store_kv
+from llmq.kernels.attention import QUERIES, SCRATCH_BYTES, SIZES, attend_kernel, combine_parts
 from llmq.kernels.dot import FEW
 from llmq.kernels.elementwise import rms_norm, rope, rope_angles, silu_mul
+from llmq.kernels.kv import F16_KV, Q8_0_KV, KVFormat
 from llmq.kernels.panel import PANEL_BYTES
 from llmq.kernels.router import choose_experts, group_by_expert
 from llmq.kernels.unpack import GROUP, UNPACK, group_bytes
@@ -322,53 +324,113 @@ def test_silu_mul() -> None:
 
 
 # ---- attention
-@compiled
-def run_store(keys, values, slot, k, v, head_dim):
-    store_kv(keys, values, slot, k, v, head_dim)
+KV = [F16_KV, Q8_0_KV]
 
 
-ATTEND = {8: attend8, 4: attend4, 1: attend1}
-
-
-def stored(k: np.ndarray, v: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
+def stored(k: np.ndarray, v: np.ndarray, capacity: int, kv: KVFormat) -> tuple[np.ndarray, np.ndarray]:
     """A ring after all positions of k and v [n_positions, head_dim] have been written to it, one after the other."""
-    head_dim = k.shape[1]
-    # Ones, so that a slot that was never written shows where it is not masked.
-    keys, values = np.ones((capacity, head_dim), np.float16), np.ones((capacity, head_dim), np.float16)
+    n_bytes = capacity * kv.row_bytes(k.shape[1])
+    # Halves of about 1, so that a slot that was never written shows where it is not masked; and what may be overread.
+    keys, values = (np.full(n_bytes + 256, 0x3C, np.uint8) for _ in range(2))
     for position in range(len(k)):
         slot = position % capacity
-        run_store(address(keys), address(values), slot, address(k[position]), address(v[position]), head_dim)
+        kv.store(address(keys), address(values), slot, address(k[position]), address(v[position]), k.shape[1])
     return keys, values
 
 
-@pytest.mark.parametrize(
-    ("head_dim", "capacity", "window", "n_positions"),
-    [(32, 64, 0, 5), (32, 64, 0, 64), (16, 48, 17, 164), (48, 96, 32, 305), (128, 80, 64, 250), (32, 272, 200, 900)],
-)
-@pytest.mark.parametrize("n", ATTEND)
-def test_attention(n: int, head_dim: int, capacity: int, window: int, n_positions: int) -> None:
-    """n queries at the last positions, and n heads at one position, over a ring that may have wrapped several times."""
-    rng = np.random.default_rng(n_positions + n)
+def attended(
+    kv: KVFormat, q: np.ndarray, positions: list[int], ring: tuple[np.ndarray, np.ndarray], capacity: int, window: int,
+    part: tuple[int, int] = (0, 2**62),
+) -> np.ndarray:  # fmt: skip
+    """Rows float32 [n, head_dim + 16] as the kernel for n queries leaves them; a part's only with `part` given."""
+    n, head_dim = q.shape
+    out, at = np.zeros((n, head_dim + 16), np.float32), np.array(positions, np.int64)
+    scratch = aligned((SCRATCH_BYTES,), np.uint8)
+    sources, targets = (np.array([address(row) for row in rows], np.int64) for rows in (q, out))
+    attend_kernel(n, kv)(
+        address(targets), address(sources), address(at), address(ring[0]), address(ring[1]), capacity, head_dim,
+        window or 2**40, *part, int(part[1] < 2**62), address(scratch),
+    )  # fmt: skip
+    return out
+
+
+def as_stored(x: np.ndarray, kv: KVFormat) -> np.ndarray:
+    """float64: what the ring holds of keys or values [n_positions, head_dim]."""
+    if kv is F16_KV:
+        return x.astype(np.float16).astype(np.float64)
+    blocks = x.reshape(len(x), -1, 32)
+    d = np.abs(blocks).max(axis=2, keepdims=True) / np.float32(127)
+    return (np.rint(blocks / d) * d.astype(np.float16).astype(np.float64)).reshape(x.shape)
+
+
+def rows_and_ring(rng: np.random.Generator, n_positions: int, head_dim: int, capacity: int, kv: KVFormat) -> Any:
     k, v = (rng.standard_normal((n_positions, head_dim)).astype(np.float32) for _ in range(2))
     k *= 3
-    keys, values = stored(k, v, capacity)
-    halves = [a.astype(np.float16).astype(np.float64) for a in (k, v)]
-    scratch = aligned((SCRATCH_BYTES,), np.uint8)
-    for positions in (range(max(0, n_positions - n), n_positions), [n_positions - 1] * n):
-        count = len(positions)
-        if count < n:
+    return [as_stored(a, kv) for a in (k, v)], stored(k, v, capacity, kv)
+
+
+RINGS = [(32, 64, 0, 5), (32, 64, 0, 64), (48, 48, 17, 164), (16, 96, 32, 305), (128, 80, 64, 250), (32, 272, 200, 900)]
+
+
+@pytest.mark.parametrize(("head_dim", "capacity", "window", "n_positions"), RINGS)
+@pytest.mark.parametrize("kv", KV, ids=lambda kv: kv.name)
+@pytest.mark.parametrize("n", sorted(set(SIZES)))
+def test_attention(n: int, kv: KVFormat, head_dim: int, capacity: int, window: int, n_positions: int) -> None:
+    """n queries at the last positions, and n heads at one position, over a ring that may have wrapped several times.
+
+    With bytes the query is rounded too: a score of about 3 sqrt(head_dim) may then be off by a few hundredths.
+    """
+    head_dim = -(-head_dim // kv.multiple) * kv.multiple
+    rng = np.random.default_rng(n_positions + n)
+    exact, ring = rows_and_ring(rng, n_positions, head_dim, capacity, kv)
+    for positions in (list(range(max(0, n_positions - n), n_positions)), [n_positions - 1] * n):
+        if len(positions) < n:
             continue
-        q, out = rng.standard_normal((n, head_dim)).astype(np.float32), np.zeros((n, head_dim), np.float32)
-        at = np.array(positions, np.int64)
-        sources = np.array([address(row) for row in q], np.int64)
-        targets = np.array([address(row) for row in out], np.int64)
-        ATTEND[n](
-            address(targets), address(sources), address(at), address(keys), address(values), capacity, head_dim,
-            window or 2**40, address(scratch),
-        )  # fmt: skip
+        q = rng.standard_normal((n, head_dim)).astype(np.float32)
+        out = attended(kv, q, positions, ring, capacity, window)[:, :head_dim]
+        q = as_stored(q, kv) if kv is Q8_0_KV else q.astype(np.float64)
         for i, position in enumerate(positions):
-            expected = naive.attend(q[i].astype(np.float64), position, *halves, window)
-            np.testing.assert_allclose(out[i], expected, rtol=0, atol=2e-6 * np.abs(v).max())
+            expected = naive.attend(q[i], position, *exact, window)
+            tolerance = 2e-6 if kv is F16_KV else 3e-2
+            np.testing.assert_allclose(out[i], expected, rtol=0, atol=tolerance * np.abs(exact[1]).max())
+
+
+@compiled
+def run_combine(out, parts, n_parts, head_dim):
+    combine_parts(out, parts, n_parts, head_dim)
+
+
+@pytest.mark.parametrize("kv", KV, ids=lambda kv: kv.name)
+@pytest.mark.parametrize("n", sorted(set(SIZES)))
+@pytest.mark.parametrize(("window", "position"), [(0, 300), (150, 290), (70, 64)])
+def test_parts_of_a_context_give_the_whole(n: int, kv: KVFormat, window: int, position: int) -> None:
+    rng = np.random.default_rng(n)
+    _, ring = rows_and_ring(rng, position + 1, 64, 320, kv)
+    q = rng.standard_normal((n, 64)).astype(np.float32)
+    whole = attended(kv, q, [position] * n, ring, 320, window)
+    first = max(0, position - window + 1) // 128 if window else 0
+    cut = [
+        attended(kv, q, [position] * n, ring, 320, window, (128 * i, 128 * i + 128))
+        for i in range(first, position // 128 + 1)
+    ]
+    for i in range(n):
+        out, parts = np.zeros(64, np.float32), np.stack([part[i] for part in cut])
+        run_combine(address(out), address(parts), len(cut), 64)
+        np.testing.assert_allclose(out, whole[i, :64], rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("kv", KV, ids=lambda kv: kv.name)
+@pytest.mark.parametrize("window", [0, 100])
+def test_a_query_does_not_depend_on_its_neighbours(kv: KVFormat, window: int) -> None:
+    """Bit for bit, as for matrix products."""
+    rng = np.random.default_rng(0)
+    _, ring = rows_and_ring(rng, 200, 32, 208, kv)
+    positions = [120, 126, 127, 128, 129, 150, 191, 199][-QUERIES:]
+    q = rng.standard_normal((QUERIES, 32)).astype(np.float32)
+    together = attended(kv, q, positions, ring, 208, window)
+    for i, position in enumerate(positions):
+        alone = attended(kv, q[i : i + 1], [position], ring, 208, window)
+        np.testing.assert_array_equal(alone[0].view(np.uint32), together[i].view(np.uint32))
 
 
 # ---- router

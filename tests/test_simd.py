@@ -27,21 +27,33 @@ from llmq.simd import (
     f32_of_i32x4,
     f32_of_i32x8,
     fma,
+    grid_add_scaled,
+    grid_dot,
+    grid_f32,
+    grid_fma,
+    grid_load,
+    grid_scale,
+    grid_start,
+    grid_store,
     i8_of_i32x16,
     i16_of_i8x16,
     i16x8_of_bytes,
     i32_of_f32x16,
     join_u8x32,
     load_f16,
+    load_f16_each,
+    load_f16_row,
     load_f16x16,
     load_f32,
     load_f32x16,
+    load_i8_each,
     load_i8x16,
     load_i8x32,
     load_i8x64,
     load_i16x8,
     load_i16x16,
     load_i32x16,
+    load_q8_row,
     load_u8x16,
     load_u8x32,
     load_u8x64,
@@ -54,7 +66,6 @@ from llmq.simd import (
     round_f32x16,
     scale_pairs,
     shifted_bits,
-    splat_f32x16,
     spread,
     store_f16,
     store_f16x16,
@@ -78,9 +89,6 @@ from llmq.simd import (
     strip_i32,
     strip_load,
     strip_store,
-    tile_f32,
-    tile_fma,
-    tile_load,
     tile_store,
     transpose_i32,
     twice_high,
@@ -376,6 +384,38 @@ def test_exp() -> None:
 
 
 @compiled
+def run_grid(out, sums, halves, words, bytes_, row):
+    at = (halves, halves + 32)
+    grid = grid_fma(grid_load(3, 2, out, 128), load_f16_each(at, 0), words, 8)
+    grid_store(out, 128, 3, grid_scale(grid, 3, words))
+    dots = grid_dot(grid_start(at, 3, sums), load_i8_each((bytes_, bytes_ + 64), 0), words)
+    grid_store(out + 384, 128, 3, grid_add_scaled(grid_f32(6), dots, load_f16_each(at, 0), words))
+    grid_store(out + 768, 64, 1, load_f16_row(halves, 0, 2))
+    grid_store(out + 896, 64, 1, load_q8_row(row, 16, 2))
+
+
+def test_grids() -> None:
+    """Two vectors times three words; then rows of values, in halves and in blocks of bytes."""
+    rng = np.random.default_rng(9)
+    out = rng.standard_normal((8, 2, 16)).astype(np.float32)
+    start, words = out[:3].astype(np.float64), rng.standard_normal(5).astype(np.float32)
+    halves, sums = rng.standard_normal((2, 16)).astype(np.float16), rng.integers(-1000, 1000, 3, dtype=np.int32)
+    keys = rng.integers(-127, 128, (2, 16, 4), dtype=np.int8)
+    blocks = np.zeros(2, [("d", np.float16), ("q", np.int8, 32)])
+    blocks["d"], blocks["q"] = rng.standard_normal(2), rng.integers(-127, 128, (2, 32))
+    run_grid(*map(address, (out, sums, halves, words, keys, blocks)))
+    x, w = halves.astype(np.float64), words.astype(np.float64)
+    expected = (start + x * w[[0, 2, 4], None, None]) * w[:3, None, None]
+    np.testing.assert_allclose(out[:3], expected, rtol=1e-5, atol=1e-6)
+    q = words[:3].view(np.int8).reshape(3, 1, 1, 4).astype(np.int64)
+    dots = sums[:, None, None] + ((keys.astype(np.int64) + 128) * q).sum(axis=3)
+    np.testing.assert_allclose(out[3:6], dots * x * w[:3, None, None], rtol=1e-5)
+    np.testing.assert_array_equal(out[6], halves.astype(np.float32))
+    values = (blocks["q"] * blocks["d"].astype(np.float32)[:, None]).reshape(4, 16)
+    np.testing.assert_array_equal(out[7], values[1:3])
+
+
+@compiled
 def run_floats(out, scalars, x, y):
     a, b = load_f32x16(x), load_f32x16(y)
     store_f32x16(out, fma(a, b, a))
@@ -390,7 +430,6 @@ def run_floats(out, scalars, x, y):
     store_f32(scalars, add_lanes_f32x16(a))
     store_f32(scalars + 8, max_lanes_f32x16(a))
     store_i32(scalars + 12, add_lanes_i32x16(i32_of_f32x16(round_f32x16(a))))
-    tile_store(out + 640, 64, tile_fma(tile_load(tile_f32(1), x, 64), splat_f32x16(np.float32(2)), y, 4))
 
 
 def test_float_arithmetic() -> None:
@@ -398,7 +437,7 @@ def test_float_arithmetic() -> None:
     x = (rng.standard_normal(16) * 40).astype(np.float32)
     x[:4] = 0.5, 1.5, -2.5, -126.5
     y = rng.uniform(1, 2, 16).astype(np.float32)
-    out, scalars = np.zeros((11, 16), np.float32), np.zeros(4, np.float32)
+    out, scalars = np.zeros((10, 16), np.float32), np.zeros(4, np.float32)
     run_floats(address(out), address(scalars), address(x), address(y))
     wide = x.astype(np.float64)
     np.testing.assert_array_equal(out[0], (wide * y + wide).astype(np.float32))
@@ -410,7 +449,6 @@ def test_float_arithmetic() -> None:
     np.testing.assert_allclose(out[6], wide / y, rtol=2.0**-22)
     assert out[7].view(np.int32).tolist() == np.rint(x).astype(int).tolist()
     assert out[8].view(np.int8)[:16].tolist() == np.rint(x).astype(int).tolist()
-    np.testing.assert_array_equal(out[10], (wide + 2 * np.float64(y[0])).astype(np.float32))
     assert math.isclose(scalars[0], wide.sum(), abs_tol=16 * 2.0**-24 * np.abs(wide).sum())
     assert scalars[2] == x.max()
     assert scalars[3:].view(np.int32)[0] == np.rint(x).sum()

@@ -11,8 +11,9 @@ from llmq.engine.job import JOB, PHASE_BYTES, PHASES_BESIDES, PHASES_PER_LAYER
 from llmq.engine.plan import Plan, make_plan
 from llmq.gguf import GGUF
 from llmq.kernels.activation import GROUP_BYTES
-from llmq.kernels.attention import HEAD_DIM_LIMIT, SCRATCH_BYTES, attend1, attend4, attend8
-from llmq.kernels.dot import TOGETHER
+from llmq.kernels.attention import HEAD_DIM_LIMIT, PART, PART_STATE, QUERIES, SCRATCH_BYTES, attend_kernel
+from llmq.kernels.dot import FEW, TOGETHER
+from llmq.kernels.kv import F16_KV, KVFormat
 from llmq.kernels.panel import PANEL_BYTES
 from llmq.simd import ROWS, TOKENS
 from llmq.team import Team, aligned
@@ -32,7 +33,9 @@ def tile_bytes(n_rows: int) -> int:
 class Engine:
     """One model ready to run; one batch at a time."""
 
-    def __init__(self, gguf: GGUF, config: ModelConfig, n_threads: int, batch: int = BATCH) -> None:
+    def __init__(
+        self, gguf: GGUF, config: ModelConfig, n_threads: int, batch: int = BATCH, kv: KVFormat = F16_KV
+    ) -> None:
         assert config.head_dim <= HEAD_DIM_LIMIT, config.head_dim
         self.config, self.batch, self.n_threads = config, batch, n_threads
         self.plan: Plan = make_plan(gguf, config)
@@ -45,7 +48,9 @@ class Engine:
         for name, value in (
             ("model", self.plan.model.ctypes.data),
             ("phases", self._phases.ctypes.data), ("n_threads", n_threads),
-            *((kernel.name, kernel.address) for kernel in (attend8, attend4, attend1)),
+            ("attend_most", attend_kernel(QUERIES, kv).address), ("attend4", attend_kernel(4, kv).address),
+            ("attend1", attend_kernel(1, kv).address), ("store_kv", kv.store.address),
+            ("kv_row_bytes", kv.row_bytes(config.head_dim)),
         ):  # fmt: skip
             self._job[name] = value
         self._make_room(1)
@@ -78,6 +83,7 @@ class Engine:
         for name, array in rows.items():
             self._job[name] = array.ctypes.data
         self._job["n_rows"], self._job["n_outputs"] = n_rows, len(outputs)
+        self._cut_context(rows["positions"])
         if not self.config.n_experts:
             self._one_expert(n_rows)
         step = max(1, int(WORK_PER_CALL / (self._layer_bytes * n_rows)))
@@ -89,6 +95,17 @@ class Engine:
 
     def close(self) -> None:
         self._team.close()
+
+    def _cut_context(self, positions: np.ndarray) -> None:
+        """A few rows attend by parts of their context, which threads share out; many rows have enough to share."""
+        window = int(self.plan.model["window"][0])
+        first = int(max(0, positions.min() - window + 1)) // PART
+        n_parts = int(positions.max()) // PART - first + 1 if len(positions) <= FEW else 1
+        n_bytes = len(positions) * self.config.n_heads * n_parts * (4 * self.config.head_dim + PART_STATE)
+        if n_parts > 1 and n_bytes > self._memory["parts"].nbytes:
+            self._memory["parts"] = aligned(2 * n_bytes)
+        self._job["first_part"], self._job["n_parts"] = first, n_parts
+        self._job["parts"] = self._memory["parts"].ctypes.data
 
     def _one_expert(self, n_rows: int) -> None:
         """A dense feed-forward is one expert that takes every row with weight 1."""
@@ -136,6 +153,7 @@ class Engine:
             "entry_weights": 4 * n_rows * n_used,
             "starts": 4 * (n_experts + 1),
             "active": 4 * (n_experts + 1),
+            "parts": 0,
             "scratch": self.n_threads * self._scratch_bytes(n_rows),
         }
 

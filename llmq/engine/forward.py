@@ -10,6 +10,7 @@ from numba import types
 from llmq.engine.feed_forward import add_down, gate_and_up, group_rows, prepare_entries, route_rows
 from llmq.engine.job import (
     ATTEND,
+    COMBINE,
     DOWN,
     GATE_UP,
     GROUP,
@@ -34,7 +35,7 @@ from llmq.engine.job import (
     take,
     wait_until_done,
 )  # fmt: skip
-from llmq.engine.self_attention import add_output, attend_rows, project_qkv, rotate_and_store
+from llmq.engine.self_attention import add_output, attend_rows, combine_rows, project_qkv, rotate_and_store
 from llmq.jit import jit, kernel
 from llmq.kernels.elementwise import rms_norm, rope_angles
 from llmq.kernels.floats import FLOATS_TYPES
@@ -115,6 +116,8 @@ def forward(job_address, thread):
         project_qkv(job, layer, phase + PROJECT, tile, panel)
         rotate_and_store(job, model, i, phase + ROTATE)
         attend_rows(job, model, i, phase + ATTEND, attention)
+        if job.n_parts > 1:
+            combine_rows(job, model, phase + COMBINE)
         prepare_all(job, phase + PREPARE, 1 << layer.attn_output.kind, job.attended, model.n_heads * model.head_dim)
         add_output(job, layer, phase + OUTPUT, tile, panel)
 

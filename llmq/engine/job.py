@@ -12,8 +12,9 @@ from llmq.team import fetch_add, wait_for
 
 # A phase is a list of items that threads take and finish. Its words: items taken (0), number of items where that is not
 # known beforehand (8), items finished (64, on a cache line of its own).
-PHASES_PER_LAYER, PHASES_BESIDES, PHASE_BYTES = 12, 3, 128
-NORM, PROJECT, ROTATE, ATTEND, PREPARE, OUTPUT, ROUTE, GROUP, PREPARE_FFN, GATE_UP, PREPARE_DOWN, DOWN = range(12)
+PHASES_PER_LAYER, PHASES_BESIDES, PHASE_BYTES = 13, 3, 128
+NORM, PROJECT, ROTATE, ATTEND, COMBINE, PREPARE, OUTPUT = range(7)
+ROUTE, GROUP, PREPARE_FFN, GATE_UP, PREPARE_DOWN, DOWN = range(7, 13)
 
 # Addresses of buffers, sizes of this batch, and what a call covers.
 JOB = np.dtype(
@@ -24,7 +25,8 @@ JOB = np.dtype(
             "n_rows", "tokens", "positions", "rings", "capacities", "n_outputs", "output_rows", "logits",
             "x", "normed", "act0", "act1", "act2", "q", "k", "v", "attended", "angles", "hidden",
             "chosen", "chosen_weights", "entries", "entry_weights", "starts", "active", "scratch", "scratch_bytes",
-            "tile_bytes", "attention_at", "panel_at", "attend8", "attend4", "attend1",
+            "tile_bytes", "attention_at", "panel_at", "attend_most", "attend4", "attend1", "store_kv", "kv_row_bytes",
+            "parts", "first_part", "n_parts",
         )
     ]
 )  # fmt: skip

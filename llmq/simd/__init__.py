@@ -72,6 +72,20 @@ from llmq.simd.basics import (
 from llmq.simd.calls import call, pause, record_at, stack
 from llmq.simd.dot import dot_i16x8, dot_i16x16, dot_u7s8, dot_u7s8_half, dot_u7s8_scaled, dot_u8s8
 from llmq.simd.exp import exp_f32x16
+from llmq.simd.grid import (
+    grid_add_scaled,
+    grid_dot,
+    grid_f32,
+    grid_fma,
+    grid_load,
+    grid_scale,
+    grid_start,
+    grid_store,
+    load_f16_each,
+    load_f16_row,
+    load_i8_each,
+    load_q8_row,
+)
 from llmq.simd.half import gather_f16x8, load_f16, load_f16_pair, load_f16x16, store_f16, store_f16x16
 from llmq.simd.strip import (
     ROWS,
@@ -101,10 +115,8 @@ from llmq.simd.tile import (
     tile_f32,
     tile_f32x4,
     tile_f32x8,
-    tile_fma,
     tile_i32,
     tile_load,
-    tile_scale,
     tile_store,
     tile_sums,
 )

@@ -74,22 +74,6 @@ def _vector(b: Any, base: Any, stride: Any, i: int, t: ir.Type) -> Any:
     return b.load(pointer(b, _at(b, base, stride, i), t), align=1)
 
 
-def _fma_word(b: Any, i: int, acc: Any, x: Any, at: Any, stride: Any) -> Any:
-    return call_intrinsic(b, "llvm.fma.v16f32", ll(f32x16), x, splat(b, _vector(b, at, stride, i, F32), 16), acc)
-
-
-# acc[i] += x * (the float at `at + i * stride`)
-tile_fma = _each(_fma_word, (f32x16, ADDRESS, ADDRESS))
-
-
-def _scale_word(b: Any, i: int, acc: Any, at: Any, stride: Any) -> Any:
-    return b.fmul(acc, splat(b, _vector(b, at, stride, i, F32), 16))
-
-
-# acc[i] *= the float at `at + i * stride`
-tile_scale = _each(_scale_word, (ADDRESS, ADDRESS))
-
-
 def _dot(dot: Callable[..., Any]) -> Callable[..., Any]:
     def build(b: Any, i: int, acc: Any, lanes: Any, at: Any, stride: Any) -> Any:
         return dot(b, acc, lanes, _vector(b, at, stride, i, ll(i8x64)))
