@@ -1,191 +1,206 @@
-"""llmq beside llama.cpp on one GGUF file: prefill and decode, interleaved, medians and ratios.
+"""llmq beside llama.cpp on one GGUF file: the same work with the same threads, in turn, medians and ratios.
 
-    python bench/compare.py MODEL.gguf [--threads 1 2] [--rounds 5] [--prompt 512] [--tokens 32] [--depth 0]
+    python bench/compare.py MODEL.gguf --threads 2 --rounds 5 --tasks prefill:512 decode:32 decode:16@4096 batch:4
 
-Each engine runs in a process of its own that has loaded the model and warmed up; the parent lets them work in turn, so
-that both meet the same noise. A plain streaming read of the file's pages runs between them. Needs llama-cpp-python,
-built from its source package on this machine.
+A task is KIND:N or KIND:N@DEPTH. prefill reads N tokens at once, decode N tokens one after the other, batch N tokens at
+once with logits after each (its time is compared with that of one token in the same engine); all start from a context
+of DEPTH tokens and go back to it. Short tasks are repeated for `--seconds` and give the median.
+
+Each engine runs in a process of its own (worker.py) that has loaded the model and warmed up. One works while the other
+is stopped, so that threads which wait by spinning take nothing from it. A plain streaming read of the file runs between
+them: what decode reads for a token, as a share of what memory gives, stands beside its speed.
+
+--fills FOLDER keeps deep contexts in files for the next run; --rounds 0 only makes them. --isa compiles llmq for a
+narrower instruction set, and --rival-python runs llama.cpp from another environment, built for the same. --json OUT
+writes all raw figures; table.py makes a table of such files. Needs llama-cpp-python, built from its source package.
 """
 
 import argparse
 import json
+import os
 import platform
-import statistics
+import re
+import signal
 import subprocess
 import sys
-import time
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from streaming import bytes_per_second
+from table import line
+from worker import WARM_UP_TOKENS
 
-SEED = 7
+from llmq.config import ModelConfig, read_config
+from llmq.gguf import GGUF, open_gguf
 
-
-class LlmqWorker:
-    def __init__(self, path: str, threads: int, n_ctx: int, window: int) -> None:
-        import llmq
-
-        self.model = llmq.load(path, n_ctx=n_ctx, threads=threads, window=window)
-        self.n_vocab = self.model.config.vocab_size
-
-    def clear(self) -> None:
-        self.model._ids.clear()
-        self.model._ring.length = 0
-
-    def read(self, ids: list[int]) -> None:
-        self.model.read(ids)
+ROOT = Path(__file__).parents[1]
+DEPTHS = {"prefill": 0, "decode": 1, "batch": 64}
+# What Numba is told to compile for.
+TARGETS = {
+    "avx2": ("haswell", "+avx2,+fma,+f16c"),
+    "avxvnni": ("alderlake", "+avx2,+fma,+f16c,+avxvnni"),
+    "generic": ("x86-64", ""),
+}
 
 
-class LlamaWorker:
-    def __init__(self, path: str, threads: int, n_ctx: int, window: int) -> None:  # noqa: ARG002
-        import llama_cpp
+@dataclass(frozen=True, slots=True)
+class Task:
+    """`n` tokens from a context of `depth`; passes go on for `seconds`."""
 
-        self.lib = llama_cpp
-        llama_cpp.llama_backend_init()
-        parameters = llama_cpp.llama_model_default_params()
-        self.model = llama_cpp.llama_model_load_from_file(path.encode(), parameters)
-        settings = llama_cpp.llama_context_default_params()
-        settings.n_ctx, settings.n_batch, settings.n_ubatch = n_ctx, 512, 512
-        settings.n_threads = settings.n_threads_batch = threads
-        settings.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
-        self.context = llama_cpp.llama_init_from_model(self.model, settings)
-        self.n_vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model)) or 32000
-        self.length = 0
-
-    def clear(self) -> None:
-        self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), False)
-
-    def read(self, ids: list[int]) -> None:
-        for first in range(0, len(ids), 512):
-            part = ids[first : first + 512]
-            tokens = (self.lib.llama_token * len(part))(*part)
-            assert self.lib.llama_decode(self.context, self.lib.llama_batch_get_one(tokens, len(part))) == 0
-        self.lib.llama_get_logits_ith(self.context, -1)
+    kind: str
+    n: int
+    depth: int
+    seconds: float
 
 
-class ReadWorker:
-    """Sums the file's bytes as 64-bit words, each thread its own part: what memory gives at best."""
-
-    def __init__(self, path: str, threads: int, n_ctx: int, window: int) -> None:  # noqa: ARG002
-        self.data = np.memmap(path, np.uint64, "r", shape=Path(path).stat().st_size // 8)
-        self.threads = threads
-
-    def sweep(self) -> float:
-        import threading
-
-        parts = np.array_split(self.data, self.threads)
-        start = time.perf_counter()
-        readers = [threading.Thread(target=np.add.reduce, args=(part,)) for part in parts]
-        for reader in readers:
-            reader.start()
-        for reader in readers:
-            reader.join()
-        return self.data.nbytes / (time.perf_counter() - start) / 1e9
+def task(text: str, seconds: float = 0.0) -> Task:
+    match = re.fullmatch(r"(prefill|decode|batch):(\d+)(?:@(\d+))?", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text} is not KIND:N or KIND:N@DEPTH")
+    return Task(match[1], int(match[2]), int(match[3] or DEPTHS[match[1]]), seconds)
 
 
-WORKERS = {"llmq": LlmqWorker, "llama.cpp": LlamaWorker, "read": ReadWorker}
+class Worker:
+    """One engine's process, stopped whenever it has nothing to do."""
 
-
-def work(kind: str, path: str, threads: int, n_ctx: int, window: int) -> None:
-    """A worker process: reads `prefill N` or `decode DEPTH N` on stdin, answers tokens per second (or GB/s)."""
-    worker = WORKERS[kind](path, threads, n_ctx, window)
-    print("ready", flush=True)  # noqa: T201
-    rng = np.random.default_rng(SEED)
-    for line in sys.stdin:
-        task, *numbers = line.split()
-        if kind == "read":
-            print(worker.sweep(), flush=True)  # noqa: T201
-            continue
-        depth, n = (int(numbers[0]), int(numbers[1])) if task == "decode" else (0, int(numbers[0]))
-        ids = rng.integers(3, worker.n_vocab, depth + n + 1).tolist()
-        worker.clear()
-        if task == "decode":
-            worker.read(ids[: depth + 1])
-        start = time.perf_counter()
-        if task == "prefill":
-            worker.read(ids[:n])
-        else:
-            for token in ids[depth + 1 :]:
-                worker.read([token])
-        print(n / (time.perf_counter() - start), flush=True)  # noqa: T201
-
-
-class Process:
-    def __init__(self, kind: str, arguments: argparse.Namespace, threads: int) -> None:
-        command = [sys.executable, __file__, arguments.model, "--worker", kind, "--threads", str(threads)]
-        command += ["--context", str(arguments.context), "--window", str(arguments.window)]
+    def __init__(self, kind: str, python: str, options: argparse.Namespace, threads: int, n_ctx: int) -> None:
+        command = [python, str(ROOT / "bench" / "worker.py"), kind, str(options.model), str(threads), str(n_ctx)]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        if kind == "llmq" and options.isa:
+            environment["NUMBA_CPU_NAME"], environment["NUMBA_CPU_FEATURES"] = TARGETS[options.isa]
+        self.kind = kind
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
-        assert self.answer() == "ready", f"the {kind} process did not start"
+            [*command, str(options.window), options.fills],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, env=environment,
+        )  # fmt: skip
+        self.about = self._answer()
 
-    def answer(self) -> str:
+    def _answer(self) -> dict[str, Any]:
         assert self.process.stdout
-        return self.process.stdout.readline().strip()
+        answer = self.process.stdout.readline()
+        if not answer:
+            self.log.seek(0)
+            raise SystemExit(f"the {self.kind} process ended:\n{self.log.read()[-2000:]}")
+        self.process.send_signal(signal.SIGSTOP)
+        found: dict[str, Any] = json.loads(answer)
+        return found
 
-    def ask(self, task: str) -> float:
+    def ask(self, wanted: Task) -> dict[str, float]:
         assert self.process.stdin
-        self.process.stdin.write(task + "\n")
+        self.process.send_signal(signal.SIGCONT)
+        self.process.stdin.write(json.dumps(asdict(wanted)) + "\n")
         self.process.stdin.flush()
-        return float(self.answer())
+        return self._answer()
 
     def close(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
         self.process.communicate()
 
 
-def measure(arguments: argparse.Namespace, threads: int) -> dict[str, dict[str, list[float]]]:
-    """figures[task][engine] over the rounds."""
-    processes = {kind: Process(kind, arguments, threads) for kind in WORKERS}
-    tasks = [f"prefill {arguments.prompt}", f"decode {arguments.depth} {arguments.tokens}"]
-    figures: dict[str, dict[str, list[float]]] = {task: {kind: [] for kind in WORKERS} for task in tasks}
-    for task in tasks:
-        for kind in ("llmq", "llama.cpp"):
-            processes[kind].ask(task)  # warm-up
-        for _ in range(arguments.rounds):
-            for kind, process in processes.items():
-                figures[task][kind].append(process.ask(task))
-    for process in processes.values():
-        process.close()
-    return figures
+def measure(options: argparse.Namespace, threads: int, workers: list[Worker]) -> Iterator[dict[str, Any]]:
+    """For each task the answers of all engines, round by round; the order turns round from one to the next."""
+    data = np.memmap(options.model, np.uint8, "r")
+    for wanted in options.tasks:
+        rounds: dict[str, list[Any]] = {worker.kind: [] for worker in workers} | {"read": []}
+        for worker in workers:
+            worker.ask(Task(wanted.kind, min(wanted.n, WARM_UP_TOKENS), wanted.depth, 0.0))
+        for i in range(options.rounds):
+            for worker in workers if i % 2 else workers[::-1]:
+                rounds[worker.kind].append(worker.ask(wanted))
+            rounds["read"].append(bytes_per_second(data, threads))
+        yield {"threads": threads, **asdict(wanted), "rounds": rounds}
 
 
-def report(arguments: argparse.Namespace) -> list[dict[str, object]]:
-    size = Path(arguments.model).stat().st_size
-    rows: list[dict[str, object]] = []
-    for threads in arguments.threads:
-        for task, found in measure(arguments, threads).items():
-            ours, theirs, read = (statistics.median(found[kind]) for kind in ("llmq", "llama.cpp", "read"))
-            ratio = statistics.median(a / b for a, b in zip(found["llmq"], found["llama.cpp"], strict=True))
-            share = ours * size / 1e9 / read
-            rows.append(
-                {"threads": threads, "task": task, "llmq": ours, "llama.cpp": theirs, "ratio": ratio, "read": read}
-            )
-            tail = f", {share:4.0%} of a streaming read ({read:.1f} GB/s)" if task.startswith("decode") else ""
-            speeds = f"llmq {ours:8.2f}  llama.cpp {theirs:8.2f} tokens/s  ratio {ratio:.2f}"
-            print(f"{threads} threads  {task:16} {speeds}{tail}", flush=True)  # noqa: T201
-    return rows
+def token_bytes(gguf: GGUF, config: ModelConfig) -> int:
+    """Bytes of weights that one token needs: all but the embeddings it does not look up and the experts not chosen."""
+    total = 0
+    for name, info in gguf.tensors.items():
+        if "_exps." in name:
+            total += info.n_bytes * config.n_experts_used // config.n_experts
+        elif name != "token_embd.weight" or config.tied_embeddings:
+            total += info.n_bytes
+    return total
+
+
+def model_facts(path: Path) -> dict[str, Any]:
+    with open_gguf(path) as gguf:
+        config = read_config(gguf)
+        kv_bytes = 2 * 2 * config.n_layers * config.n_kv_heads * config.head_dim
+        return {
+            "file": path.name,
+            "name": config.name,
+            "bytes": path.stat().st_size,
+            "token_bytes": token_bytes(gguf, config),
+            "kv_bytes_per_position": kv_bytes,
+        }
+
+
+def processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def source_commit() -> str:
+    """The commit of this source tree, with a + where files differ from it."""
+    head, changed = (
+        subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        for words in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
+    )
+    return head + "+" * bool(changed)
+
+
+def machine_facts() -> dict[str, Any]:
+    return {
+        "machine": processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "system": platform.system(),
+        "commit": source_commit(),
+        "date": date.today().isoformat(),
+    }
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    deepest = max(wanted.depth + wanted.n for wanted in options.tasks)
+    n_ctx = -(-deepest // 256) * 256
+    pythons = {"llmq": sys.executable, "llama.cpp": options.rival_python}
+    report: dict[str, Any] = {**machine_facts(), **model_facts(options.model), "engines": {}, "tasks": []}
+    for threads in options.threads:
+        workers = [Worker(kind, pythons[kind], options, threads, n_ctx) for kind in options.engines]
+        report["engines"] = {worker.kind: worker.about for worker in workers}
+        for found in measure(options, threads, workers):
+            report["tasks"].append(found)
+            if options.rounds:
+                print(line(report, found), flush=True)  # noqa: T201
+        for worker in workers:
+            worker.close()
+    return report
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--tasks", type=task, nargs="+", default=[task("prefill:512"), task("decode:32")])
+    parser.add_argument("--threads", type=int, nargs="+", default=[len(os.sched_getaffinity(0))])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--prompt", type=int, default=512)
-    parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--depth", type=int, default=0)
-    parser.add_argument("--context", type=int, default=2048)
+    parser.add_argument("--seconds", type=float, default=1.0)
+    parser.add_argument("--engines", nargs="+", choices=("llmq", "llama.cpp"), default=["llmq", "llama.cpp"])
+    parser.add_argument("--isa", choices=TARGETS)
+    parser.add_argument("--rival-python", default=sys.executable)
     parser.add_argument("--window", type=int, default=0)
+    parser.add_argument("--fills", default="")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--worker", choices=WORKERS)
-    arguments = parser.parse_args()
-    if arguments.worker:
-        work(arguments.worker, arguments.model, arguments.threads[0], arguments.context, arguments.window)
-        return
-    rows = report(arguments)
-    if arguments.json:
-        machine = {"machine": platform.processor() or platform.machine(), "file": Path(arguments.model).name}
-        arguments.json.write_text(json.dumps({**machine, "rows": rows}, indent=1))
+    options = parser.parse_args()
+    options.tasks = [Task(t.kind, t.n, t.depth, options.seconds) for t in options.tasks]
+    report = run(options)
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=1))
 
 
 if __name__ == "__main__":
