@@ -17,45 +17,44 @@ import statistics
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
-from llvmlite import ir
 from numba import types
 
 from llmq.jit import Kernel, kernel
-from llmq.simd import ADDRESS, I64, ISA, ll, load_i8x64, load_u8x64, pointer, store_i64, tile_i32, tile_store
-from llmq.simd.dot import dot_small
-from llmq.simd.tile import _each
-from llmq.simd.vector import i8x64, u8x64
+from llmq.simd import ISA, dot_u7s8, load_i8x64, load_u8x64, splat_i32x16, store_i32x16, store_i64
 from llmq.team import aligned
 
 # The kernel cache is named after llmq's sources; this file is none of them.
 STAMP = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
-HAS_VNNI = ISA in ("avx512vnni", "avxvnni")
-SUMS = 16 if ISA == "avx512vnni" else 5  # registers of 64 bytes, or pairs of 32
-DOTS, LINKS = 8_000_000, 100_000_000
-
-
-def _dot_at(b: Any, i: int, acc: Any, u: Any, at: Any) -> Any:
-    there = b.add(at, ir.Constant(I64, 64 * i))
-    return dot_small(b, acc, u, b.load(pointer(b, there, ll(i8x64)), align=64))
-
-
-tile_dot = _each(lambda b, _i, acc, u, s: dot_small(b, acc, u, s), (u8x64, i8x64))
-tile_dot_at = _each(_dot_at, (u8x64, ADDRESS))
+WIDE = ISA == "avx512vnni"  # a sum is one register, else two or four
+IN_REGISTERS = ISA in ("avx512vnni", "avxvnni")
+SUMS = 12 if WIDE else 5
+DOTS, LINKS = 10_000_000, 100_000_000
 
 
 @kernel(*(types.int64,) * 3, name=f"bench_dots_{STAMP}")
 def dots(out, x, n):
     """n times SUMS dot products of 64 bytes; x has 4 KiB."""
-    u, s = load_u8x64(x), load_i8x64(x + 64)
-    sums = tile_i32(SUMS)
+    u = load_u8x64(x)
+    a0 = splat_i32x16(0)
+    a1, a2, a3, a4, a5, a6, a7, a8, a9, a10, a11 = a0, a0, a0, a0, a0, a0, a0, a0, a0, a0, a0
     for i in range(n):
-        if HAS_VNNI:
-            sums = tile_dot(sums, u, s)
-        else:
-            sums = tile_dot_at(sums, u, x + 512 * (i & 7))
-    tile_store(out, 64, sums)
+        at = x if IN_REGISTERS else x + 512 * (i & 7)
+        a0 = dot_u7s8(a0, u, load_i8x64(at))
+        a1 = dot_u7s8(a1, u, load_i8x64(at + 64))
+        a2 = dot_u7s8(a2, u, load_i8x64(at + 128))
+        a3 = dot_u7s8(a3, u, load_i8x64(at + 192))
+        a4 = dot_u7s8(a4, u, load_i8x64(at + 256))
+        if WIDE:
+            a5 = dot_u7s8(a5, u, load_i8x64(at + 320))
+            a6 = dot_u7s8(a6, u, load_i8x64(at + 384))
+            a7 = dot_u7s8(a7, u, load_i8x64(at + 448))
+            a8 = dot_u7s8(a8, u, load_i8x64(at + 512))
+            a9 = dot_u7s8(a9, u, load_i8x64(at + 576))
+            a10 = dot_u7s8(a10, u, load_i8x64(at + 640))
+            a11 = dot_u7s8(a11, u, load_i8x64(at + 704))
+    total = a0 + a1 + a2 + a3 + a4 + a5 + (a6 + a7 + a8 + a9 + a10 + a11)
+    store_i32x16(out, total)
 
 
 @kernel(*(types.int64,) * 3, name=f"bench_chain_{STAMP}")
@@ -69,7 +68,7 @@ def chain(out, x, n):
 
 def seconds(work: Kernel, n: int, n_threads: int) -> float:
     """All threads do the same, each in memory of its own."""
-    memory = [(aligned(64 * SUMS), aligned(4096)) for _ in range(n_threads)]
+    memory = [(aligned(64), aligned(4096)) for _ in range(n_threads)]
     threads = [threading.Thread(target=work, args=(a.ctypes.data, b.ctypes.data, n)) for a, b in memory]
     start = time.perf_counter()
     for thread in threads:
