@@ -1,6 +1,9 @@
-"""The bench's scripts: files with random weights are ones that the reader accepts and the model runs."""
+"""The bench's scripts: files with random weights are models, and what compare.py times is what it says."""
 
 import importlib.util
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -26,7 +29,7 @@ def script(name: str) -> ModuleType:
     return module
 
 
-synthetic = script("synthetic")
+synthetic, worker = script("synthetic"), script("worker")
 SMALL = {
     "n_layers": 2, "dim": 256, "n_heads": 4, "n_kv_heads": 2, "head_dim": 64, "ffn_dim": 512, "vocab_size": 1000,
     "rms_eps": 2.0**-17,  # the same in float32
@@ -55,3 +58,54 @@ def test_a_synthetic_file_is_a_model(
         logits = model.logits(np.random.default_rng(0).integers(0, 1000, 20).tolist())
     assert np.isfinite(logits).all()
     assert 0.3 < logits.std() < 3
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("bench") / "small.gguf"
+    synthetic.write(path, synthetic.shape("small", **SMALL), synthetic.TYPES["Q4_K_M"])
+    return path
+
+
+def test_a_kept_context_is_the_one_that_was_read(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "FILL_WORTH_KEEPING", 8)
+    ids = np.random.default_rng(1).integers(3, 1000, 40).tolist()
+    logits = []
+    for turn in range(2):
+        engine = worker.Llmq(str(small), 1, 64, 0)
+        kept = worker.kept_at(engine, small, str(tmp_path), 32)
+        assert kept.exists() == bool(turn)
+        worker.fill(engine, ids[:32], kept)
+        assert engine.length == 32
+        logits.append(engine.model.read(ids[32:]))
+        engine.model.close()
+    np.testing.assert_array_equal(*logits)
+
+
+@pytest.mark.parametrize("kind", ["prefill", "decode", "batch"])
+def test_a_task_leaves_the_context_as_it_was(kind: str, small: Path) -> None:
+    ids = np.random.default_rng(2).integers(3, 1000, 40).tolist()
+    engine = worker.Llmq(str(small), 1, 64, 0)
+    expected = engine.model.logits([*ids[:20], 5], all_positions=False)[0]
+    worker.fill(engine, ids[:20], None)
+    found = worker.measure(engine, {"kind": kind, "n": 4, "depth": 20, "seconds": 0.01}, ids)
+    assert engine.length == 20
+    assert found["speed"] > 0
+    assert ("of_one" in found) == (kind == "batch")
+    np.testing.assert_allclose(engine.model.read([5]), expected, atol=0.02)
+    engine.model.close()
+
+
+def test_compare_writes_what_table_reads(small: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCH / "compare.py"), str(small), "--engines", "llmq", "--seconds", "0"]
+    command += ["--threads", "1", "--rounds", "2", "--json", str(tmp_path / "x.json")]
+    command += ["--tasks", "prefill:30", "decode:3@20", "batch:2"]
+    environment = {**os.environ, "PYTHONPATH": str(BENCH.parent)}
+    subprocess.run(command, env=environment, check=True, timeout=200)
+    report = json.loads((tmp_path / "x.json").read_text())
+    assert [len(task["rounds"]["llmq"]) for task in report["tasks"]] == [2, 2, 2]
+    sizes = {name: info.n_bytes for name, info in open_gguf(small).tensors.items()}
+    assert report["token_bytes"] == sum(sizes.values()) - sizes["token_embd.weight"]
+    command = [sys.executable, str(BENCH / "table.py"), str(tmp_path / "x.json")]
+    table = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert "| small.gguf | prefill of 30 | 1 |" in table
