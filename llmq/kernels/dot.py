@@ -7,7 +7,6 @@ Several tokens share each unpacked row, four at a time. A row that ends inside a
 
 from typing import Any
 
-import numpy as np
 from numba import types
 
 from llmq.jit import Kernel, jit, kernel
@@ -15,8 +14,6 @@ from llmq.kernels.activation import BLOCK, FLOAT, GROUP_BYTES, SUMS16, SUMS32, V
 from llmq.kernels.unpack import GROUP, BlockFormat, FloatFormat, KFormat, group_bytes
 from llmq.simd import (
     ROWS,
-    add_lanes_f32x4,
-    add_lanes_f32x8,
     clear_bytes,
     copy_bytes,
     dot_i16x8,
@@ -29,6 +26,7 @@ from llmq.simd import (
     load_f32,
     load_i8x32,
     load_i16x8,
+    prefetch,
     scale_pairs,
     splat_f32x4,
     splat_f32x8,
@@ -48,6 +46,8 @@ from llmq.simd import (
     tile_f32x4,
     tile_f32x8,
     tile_i32,
+    tile_load,
+    tile_store,
     tile_sums,
     zero_i32x4,
     zero_i32x8,
@@ -56,6 +56,9 @@ from llmq.simd import (
 # More tokens than this go faster by panels.
 FEW = 8
 TOGETHER = 4
+AHEAD = 8192  # bytes: how far before its use a row is asked for from memory
+CACHED = 24 * 1024  # bytes of activations that stay in the first-level cache beside what streams through it
+ROW_STATE = 2 * TOGETHER * 64  # bytes: two tiles of sums that wait
 K_STEP, BLOCK_STEP, FLOAT_STEP = GROUP_BYTES[K], GROUP_BYTES[BLOCK], GROUP_BYTES[FLOAT]
 
 # out, w, row_bytes, n_rows, x, x_stride, n_tokens, n_groups, tail_bytes
@@ -76,10 +79,11 @@ def _k32_row(unpack: KFormat, size: int) -> Any:
         return even, dot_u7s8_half(odd, high, load_i8x32(q + 64 * j + 32), pairs + 8 * j + 4)
 
     @jit
-    def row(w, x, x_stride, n_groups):
-        acc, below = splat_f32x8(np.float32(0)), splat_f32x4(np.float32(0))
+    def row(acc, below, w, x, x_stride, n_groups, ahead):
+        acc, below = acc[0], below[0]
         pairs = stack(32)
         for _ in range(n_groups):
+            prefetch(w + ahead, size)
             d, dm = factors(w)
             scales, mins = words(w)
             store_i32x8(pairs, scale_pairs(scales))
@@ -90,10 +94,10 @@ def _k32_row(unpack: KFormat, size: int) -> Any:
             even, odd = quarter(even, odd, w, 3, q, pairs)
             acc = fma8(f32_of_i32x8(even + odd), splat_f32x8(d * dx), acc)
             sums = dot_i16x8(zero_i32x4(), i16x8_of_bytes(mins), load_i16x8(x + SUMS32))
-            below = fma4(f32_of_i32x4(sums), splat_f32x4(dm * dx), below)
+            below = fma4(f32_of_i32x4(sums), splat_f32x4(-dm * dx), below)
             w += size
             x += x_stride
-        return (add_lanes_f32x8(acc) - add_lanes_f32x4(below),)
+        return (acc,), (below,)
 
     return row
 
@@ -105,9 +109,9 @@ def _k32_rows(unpack: KFormat, size: int, n: int) -> Any:
     lanes, scales, words, factors = unpack.lanes, unpack.scales, unpack.words, unpack.factors
 
     @jit
-    def rows(w, x, x_stride, n_groups):
-        acc, below = tile_f32x8(n), tile_f32x4(n)
+    def rows(acc, below, w, x, x_stride, n_groups, ahead):
         for _ in range(n_groups):
+            prefetch(w + ahead, size)
             d, dm = factors(w)
             scale, mins = scales(w), i16x8_of_bytes(words(w)[1])
             sums = tile_dot_scaled(tile_i32(n), lanes(w, 0), spread(scale, 0), x + VALUES, K_STEP)
@@ -118,7 +122,7 @@ def _k32_rows(unpack: KFormat, size: int, n: int) -> Any:
             below = tile_add_mins(below, mins, x + SUMS32, -dm, x, K_STEP)
             w += size
             x += x_stride
-        return tile_sums(acc, below)
+        return acc, below
 
     return rows
 
@@ -130,9 +134,9 @@ def _k_rows(unpack: KFormat, size: int, n: int) -> Any:
     lanes, scales, mins, factors = unpack.lanes, unpack.scales, unpack.mins, unpack.factors
 
     @jit
-    def rows(w, x, x_stride, n_groups):
-        acc, below = tile_f32(n), tile_f32x8(n)
+    def rows(acc, below, w, x, x_stride, n_groups, ahead):
         for _ in range(n_groups):
+            prefetch(w + ahead, size)
             d, dm = factors(w)
             scale = scales(w)
             sums = tile_dot_scaled(tile_i32(n), lanes(w, 0), spread(scale, 0), x + VALUES, K_STEP)
@@ -143,7 +147,7 @@ def _k_rows(unpack: KFormat, size: int, n: int) -> Any:
             below = tile_add_mins(below, mins(w), x + SUMS16, -dm, x, K_STEP)
             w += size
             x += x_stride
-        return tile_sums(acc, below)
+        return acc, below
 
     return rows
 
@@ -154,9 +158,9 @@ def _block_rows(unpack: BlockFormat, size: int, n: int) -> Any:
     dot = tile_dot_u8 if unpack.full else tile_dot_u7
 
     @jit
-    def rows(w, x, x_stride, n_groups):
-        acc, offset = tile_f32(n), tile_f32x8(n)
+    def rows(acc, offset, w, x, x_stride, n_groups, ahead):
         for _ in range(n_groups):
+            prefetch(w + ahead, size)
             d, c = factors(w)
             acc = tile_add_blocks(acc, dot(tile_i32(n), lanes(w, 0), x + VALUES, BLOCK_STEP), d, 0, x, BLOCK_STEP)
             acc = tile_add_blocks(acc, dot(tile_i32(n), lanes(w, 1), x + VALUES + 64, BLOCK_STEP), d, 1, x, BLOCK_STEP)
@@ -165,29 +169,30 @@ def _block_rows(unpack: BlockFormat, size: int, n: int) -> Any:
             offset = tile_add_product8(offset, c, x + 32, BLOCK_STEP)
             w += size
             x += x_stride
-        return tile_sums(acc, offset)
+        return acc, offset
 
     return rows
 
 
-def _float_rows(unpack: FloatFormat, size: int, n: int) -> Any:
+def _float_rows(unpack: FloatFormat, size: int, _n: int) -> Any:
     lanes, step = unpack.lanes, 16 * unpack.format.block_bytes
 
     @jit
-    def rows(w, x, x_stride, n_groups):
-        even, odd = tile_f32(n), tile_f32(n)
+    def rows(even, odd, w, x, x_stride, n_groups, ahead):
         for _ in range(n_groups):
+            prefetch(w + ahead, size)
             for i in range(0, 16, 2):
                 even = tile_add_product16(even, lanes(w + i * step), x + 64 * i, FLOAT_STEP)
                 odd = tile_add_product16(odd, lanes(w + (i + 1) * step), x + 64 * i + 64, FLOAT_STEP)
             w += size
             x += x_stride
-        return tile_sums(even, odd)
+        return even, odd
 
     return rows
 
 
-# Each makes rows(w, x, x_stride, n_groups) of one row and `n` tokens: a tuple of `n` floats.
+# Each makes rows(first, second, w, x, x_stride, n_groups, ahead), which adds one row's products with `n` tokens to two
+# tiles, whose lanes together are the sums. With it the bytes from one token to the next.
 MAKERS: dict[type, Any] = {
     KFormat: (_k_rows, K_STEP),
     BlockFormat: (_block_rows, BLOCK_STEP),
@@ -195,38 +200,82 @@ MAKERS: dict[type, Any] = {
 }
 
 
+def _tiles(unpack: KFormat | BlockFormat | FloatFormat) -> tuple[Any, Any]:
+    """What makes the two tiles of a format's rows."""
+    if isinstance(unpack, KFormat):
+        return (tile_f32x8, tile_f32x4) if unpack.halves else (tile_f32, tile_f32x8)
+    return tile_f32, tile_f32x8 if isinstance(unpack, BlockFormat) else tile_f32
+
+
+def _make_one(unpack: KFormat | BlockFormat | FloatFormat, size: int) -> Any:
+    """One token: rows from the first group to the last."""
+    rows, (first_tile, second_tile) = MAKERS[type(unpack)][0](unpack, size, 1), _tiles(unpack)
+    has_tail = unpack.format.block_size < GROUP
+
+    @jit
+    def one(out, w, row_bytes, n_rows, x, x_stride, n_groups, tail_bytes):
+        padded = stack(size)
+        for r in range(n_rows):
+            at = w + r * row_bytes
+            first, second = rows(first_tile(1), second_tile(1), at, x, x_stride, n_groups, AHEAD)
+            if has_tail and tail_bytes:
+                clear_bytes(padded, size)
+                copy_bytes(padded, at + n_groups * size, tail_bytes)
+                first, second = rows(first, second, padded, x + n_groups * x_stride, x_stride, 1, 0)
+            store_f32(out + 4 * r, tile_sums(first, second)[0])
+
+    return one
+
+
+def _make_several(unpack: KFormat | BlockFormat | FloatFormat, size: int) -> Any:
+    """TOGETHER tokens: as many groups at a time as the first-level cache holds activations of, for all rows.
+
+    Sums wait in memory meanwhile, unrounded, so that they are what one token alone would give.
+    """
+    make_rows, step = MAKERS[type(unpack)]
+    rows, (first_tile, second_tile) = make_rows(unpack, size, TOGETHER), _tiles(unpack)
+    has_tail, at_once, state_bytes = unpack.format.block_size < GROUP, CACHED // (TOGETHER * step), ROWS * ROW_STATE
+
+    @jit
+    def add(state, w, x, x_stride, n_groups, ahead):
+        first = tile_load(first_tile(TOGETHER), state, 64)
+        second = tile_load(second_tile(TOGETHER), state + ROW_STATE // 2, 64)
+        first, second = rows(first, second, w, x, x_stride, n_groups, ahead)
+        tile_store(state, 64, first)
+        tile_store(state + ROW_STATE // 2, 64, second)
+        return tile_sums(first, second)
+
+    @jit
+    def put(out, sums):
+        for i in range(TOGETHER):
+            store_f32(out + 4 * ROWS * i, sums[i])
+
+    @jit
+    def several(out, w, row_bytes, n_rows, x, x_stride, n_groups, tail_bytes):
+        state, padded = stack(state_bytes), stack(size)
+        clear_bytes(state, state_bytes)
+        for g in range(0, n_groups, at_once):
+            for r in range(n_rows):
+                part = min(at_once, n_groups - g)
+                at = w + r * row_bytes + g * size
+                put(out + 4 * r, add(state + r * ROW_STATE, at, x + g * x_stride, x_stride, part, row_bytes))
+        if has_tail and tail_bytes:
+            for r in range(n_rows):
+                clear_bytes(padded, size)
+                copy_bytes(padded, w + r * row_bytes + n_groups * size, tail_bytes)
+                put(out + 4 * r, add(state + r * ROW_STATE, padded, x + n_groups * x_stride, x_stride, 1, 0))
+
+    return several
+
+
 def make_dot(unpack: KFormat | BlockFormat | FloatFormat) -> Kernel:
     """Kernel: out[t][r] = row r at `w` . token t, of `n_groups` whole groups and `tail_bytes` more; out [..][ROWS].
 
     Tokens of a group lie side by side and groups `x_stride` bytes apart. Several tokens are computed in fours, up to
-    three too many: activations must be readable and `out` writable that far.
+    three too many: activations must be readable and `out` writable that far. `n_rows` is ROWS at most then.
     """
-    size = group_bytes(unpack.format)
-    make_rows, step = MAKERS[type(unpack)]
-    has_tail = unpack.format.block_size < GROUP
-
-    def make_sweep(n: int) -> Any:
-        rows = make_rows(unpack, size, n)
-
-        @jit
-        def sweep(out, w, row_bytes, n_rows, x, x_stride, n_groups, tail_bytes):
-            for r in range(n_rows):
-                sums = rows(w + r * row_bytes, x, x_stride, n_groups)
-                for i in range(n):
-                    store_f32(out + 4 * (i * ROWS + r), sums[i])
-            if has_tail and tail_bytes:
-                padded = stack(size)
-                clear_bytes(padded, size)
-                for r in range(n_rows):
-                    copy_bytes(padded, w + r * row_bytes + n_groups * size, tail_bytes)
-                    sums = rows(padded, x + n_groups * x_stride, x_stride, 1)
-                    for i in range(n):
-                        at = out + 4 * (i * ROWS + r)
-                        store_f32(at, load_f32(at) + sums[i])
-
-        return sweep
-
-    one, several = make_sweep(1), make_sweep(TOGETHER)
+    size, step = group_bytes(unpack.format), MAKERS[type(unpack)][1]
+    one, several = _make_one(unpack, size), _make_several(unpack, size)
 
     def dot(out, w, row_bytes, n_rows, x, x_stride, n_tokens, n_groups, tail_bytes):
         if n_tokens == 1:

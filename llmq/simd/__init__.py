@@ -69,7 +69,7 @@ from llmq.simd.basics import (
     zero_i32x4,
     zero_i32x8,
 )
-from llmq.simd.calls import call, pause, record_at, stack
+from llmq.simd.calls import call, pause, prefetch, record_at, stack
 from llmq.simd.dot import dot_i16x8, dot_i16x16, dot_u7s8, dot_u7s8_half, dot_u7s8_scaled, dot_u8s8
 from llmq.simd.exp import exp_f32x16
 from llmq.simd.grid import (

@@ -1,4 +1,4 @@
-"""What is not arithmetic: calls through an address, records in place, stack space, a pause."""
+"""What is not arithmetic: calls through an address, records in place, stack space, a pause, a prefetch."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from numba.core.typing.templates import signature
 from numba.extending import intrinsic
 
 from llmq.jit import codegen_target
-from llmq.simd.vector import ADDRESS, I8, I64, call_intrinsic, literal, op
+from llmq.simd.vector import ADDRESS, I8, I64, call_intrinsic, literal, op, pointer
 
 
 def _pause(b: Any) -> None:
@@ -19,6 +19,23 @@ def _pause(b: Any) -> None:
 
 # a hint to the processor, inside a waiting loop, that nothing is happening
 pause = op(_pause, types.void)
+
+
+@intrinsic
+def prefetch(typingctx: Any, address: Any, n: Any) -> Any:  # noqa: ARG001
+    """A hint that `n` (a literal) bytes at an address will be read soon; any address may be given."""
+    count = literal(n)
+    if count is None:
+        return None
+
+    def codegen(context: Any, b: Any, _sig: Any, args: Any) -> Any:
+        read, near, data = (ir.Constant(ir.IntType(32), value) for value in (0, 3, 1))
+        for line in range(0, count, 64):
+            at = pointer(b, b.add(args[0], ir.Constant(I64, line)), I8)
+            call_intrinsic(b, "llvm.prefetch.p0", ir.VoidType(), at, read, near, data)
+        return context.get_dummy_value()
+
+    return signature(types.void, ADDRESS, n), codegen
 
 
 def call(*takes: Any) -> Any:

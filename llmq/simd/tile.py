@@ -183,10 +183,10 @@ def tile_sums(typingctx: Any, tile: Any, other: Any) -> Any:  # noqa: ARG001
 
 @intrinsic
 def tile_load(typingctx: Any, tile: Any, at: Any, stride: Any) -> Any:  # noqa: ARG001
-    """The tile's vectors f32x16 from `at`, `at + stride`, ..."""
+    """A tile like `tile`, from `at`, `at + stride`, ..."""
 
     def codegen(context: Any, b: Any, sig: Any, values: Any) -> Any:
-        items = [_vector(b, values[1], values[2], i, ll(f32x16)) for i in range(tile.count)]
+        items = [_vector(b, values[1], values[2], i, ll(tile.dtype)) for i in range(tile.count)]
         return context.make_tuple(b, sig.return_type, items)
 
     return signature(tile, tile, ADDRESS, ADDRESS), codegen
