@@ -10,6 +10,10 @@ Each engine runs in a process of its own (worker.py) that has loaded the model a
 is stopped, so that threads which wait by spinning take nothing from it. A plain streaming read of the file runs between
 them: what decode reads for a token, as a share of what memory gives, stands beside its speed.
 
+llama.cpp copies the weights of some formats into another order when it loads them, which is its default and helps
+decoding; --no-repack leaves them as they are, which helps some of its prefills. Work of other processes on the same
+processors is measured too, and shown where it is more than a little.
+
 --fills FOLDER keeps deep contexts in files for the next run; --rounds 0 only makes them. --isa compiles llmq for a
 narrower instruction set, and --rival-python runs llama.cpp from another environment, built for the same. --json OUT
 writes all raw figures; table.py makes a table of such files. Needs llama-cpp-python, built from its source package.
@@ -24,6 +28,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import date
@@ -31,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 from streaming import bytes_per_second
 from table import line
 from worker import WARM_UP_TOKENS
@@ -76,7 +82,7 @@ class Worker:
         self.kind = kind
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.process = subprocess.Popen(
-            [*command, str(options.window), options.fills],
+            [*command, str(options.window), "repack" if options.repack else "plain", options.fills],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, env=environment,
         )  # fmt: skip
         self.about = self._answer()
@@ -98,22 +104,35 @@ class Worker:
         self.process.stdin.flush()
         return self._answer()
 
+    def processor_seconds(self) -> float:
+        return sum(psutil.Process(self.process.pid).cpu_times()[:2])
+
     def close(self) -> None:
         self.process.send_signal(signal.SIGCONT)
         self.process.communicate()
+
+
+def seconds_elsewhere(workers: list[Worker]) -> float:
+    """Processor time that went to other processes, or was taken from this machine, since it started."""
+    times = psutil.cpu_times()
+    everyone = sum(getattr(times, name, 0.0) for name in ("user", "nice", "system", "irq", "softirq", "steal"))
+    return everyone - sum(psutil.Process().cpu_times()[:2]) - sum(worker.processor_seconds() for worker in workers)
 
 
 def measure(options: argparse.Namespace, threads: int, workers: list[Worker]) -> Iterator[dict[str, Any]]:
     """For each task the answers of all engines, round by round; the order turns round from one to the next."""
     data = np.memmap(options.model, np.uint8, "r")
     for wanted in options.tasks:
-        rounds: dict[str, list[Any]] = {worker.kind: [] for worker in workers} | {"read": []}
+        rounds: dict[str, list[Any]] = {worker.kind: [] for worker in workers} | {"read": [], "elsewhere": []}
         for worker in workers:
             worker.ask(Task(wanted.kind, min(wanted.n, WARM_UP_TOKENS), wanted.depth, 0.0))
         for i in range(options.rounds):
+            before, start = seconds_elsewhere(workers), time.perf_counter()
             for worker in workers if i % 2 else workers[::-1]:
                 rounds[worker.kind].append(worker.ask(wanted))
             rounds["read"].append(bytes_per_second(data, threads))
+            took = (time.perf_counter() - start) * (os.cpu_count() or 1)
+            rounds["elsewhere"].append((seconds_elsewhere(workers) - before) / took)
         yield {"threads": threads, **asdict(wanted), "rounds": rounds}
 
 
@@ -193,6 +212,7 @@ def main() -> None:
     parser.add_argument("--engines", nargs="+", choices=("llmq", "llama.cpp"), default=["llmq", "llama.cpp"])
     parser.add_argument("--isa", choices=TARGETS)
     parser.add_argument("--rival-python", default=sys.executable)
+    parser.add_argument("--no-repack", dest="repack", action="store_false")
     parser.add_argument("--window", type=int, default=0)
     parser.add_argument("--fills", default="")
     parser.add_argument("--json", type=Path)

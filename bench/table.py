@@ -11,6 +11,7 @@ from typing import Any
 
 HEADS = ["model", "work", "threads", "llmq", "llama.cpp", "ratio", "notes"]
 CACHED = 2**28  # smaller files may come from the processor's caches, and not from memory
+DOUBTFUL = 0.05  # other processes' share of the processors
 
 
 def speeds(task: dict[str, Any], engine: str) -> list[float]:
@@ -31,16 +32,21 @@ def share(report: dict[str, Any], task: dict[str, Any], engine: str) -> float:
 
 
 def notes(report: dict[str, Any], task: dict[str, Any]) -> str:
+    """Shares of the streaming read, or the time against that of one token; and what makes a figure doubtful."""
+    engines = [engine for engine in ("llmq", "llama.cpp") if speeds(task, engine)]
     found = []
-    for engine in ("llmq", "llama.cpp"):
-        if not speeds(task, engine):
-            continue
-        if task["kind"] == "decode" and report["bytes"] > CACHED:
-            found.append(f"{share(report, task, engine):.0%}")
-        if task["kind"] == "batch":
-            found.append(f"{statistics.median(a['of_one'] for a in task['rounds'][engine]):.2f}")
-    what = " of the streaming read" if task["kind"] == "decode" else " times one token"
-    return " and ".join(found) + what if found else ""
+    if task["kind"] == "decode" and report["bytes"] > CACHED:
+        shares = " and ".join(f"{share(report, task, engine):.0%}" for engine in engines)
+        found.append(f"{shares} of the streaming read")
+    if task["kind"] == "batch":
+        times = (statistics.median(answer["of_one"] for answer in task["rounds"][engine]) for engine in engines)
+        found.append(" and ".join(f"{x:.2f}" for x in times) + " times one token")
+    if not report["engines"].get("llama.cpp", {}).get("repacked", True):
+        found.append("not repacked")
+    elsewhere = max(task["rounds"]["elsewhere"])
+    if elsewhere > DOUBTFUL:
+        found.append(f"up to {elsewhere:.0%} of the processors taken by others")
+    return ", ".join(found)
 
 
 def ratio(task: dict[str, Any]) -> str:

@@ -22,7 +22,7 @@ FILL_WORTH_KEEPING = 1024
 
 
 class Llmq:
-    def __init__(self, path: str, n_threads: int, n_ctx: int, window: int) -> None:
+    def __init__(self, path: str, n_threads: int, n_ctx: int, window: int, repack: bool) -> None:  # noqa: ARG002
         import llvmlite
         import numba
 
@@ -73,12 +73,14 @@ class Llmq:
 
 
 class LlamaCpp:
-    def __init__(self, path: str, n_threads: int, n_ctx: int, window: int) -> None:  # noqa: ARG002
+    def __init__(self, path: str, n_threads: int, n_ctx: int, window: int, repack: bool) -> None:  # noqa: ARG002
         import llama_cpp
 
         self.lib = llama_cpp
         llama_cpp.llama_backend_init()
-        model = llama_cpp.llama_model_load_from_file(path.encode(), llama_cpp.llama_model_default_params())
+        loading = llama_cpp.llama_model_default_params()
+        loading.use_extra_bufts = repack
+        model = llama_cpp.llama_model_load_from_file(path.encode(), loading)
         settings = llama_cpp.llama_context_default_params()
         settings.n_ctx, settings.n_batch, settings.n_ubatch = n_ctx, BATCH, BATCH
         settings.n_threads = settings.n_threads_batch = n_threads
@@ -98,8 +100,9 @@ class LlamaCpp:
             self.batch.seq_id[i][0] = 0
         self.about = {"llama-cpp-python": llama_cpp.__version__, **self._versions()}
         self.layout = json.dumps(self.about)
+        self.about["repacked"] = repack
 
-    def _versions(self) -> dict[str, str]:
+    def _versions(self) -> dict[str, Any]:
         shared = self.lib.llama_cpp._lib
         found = {"features": self.lib.llama_print_system_info().decode()}
         for name, symbol in (("llama.cpp", "llama_version"), ("ggml", "ggml_version"), ("commit", "ggml_commit")):
@@ -200,8 +203,8 @@ def measure(engine: Any, task: dict[str, Any], ids: list[int]) -> dict[str, floa
 
 
 def main() -> None:
-    kind, path, n_threads, n_ctx, window, folder = sys.argv[1:]
-    engine = ENGINES[kind](path, int(n_threads), int(n_ctx), int(window))
+    kind, path, n_threads, n_ctx, window, repack, folder = sys.argv[1:]
+    engine = ENGINES[kind](path, int(n_threads), int(n_ctx), int(window), repack == "repack")
     ids = np.random.default_rng(SEED).integers(3, engine.n_vocab, int(n_ctx)).tolist()
     answer = engine.about
     while True:
