@@ -49,7 +49,7 @@ def main() -> None:
                 expected = reference(torch.tensor([ids])).logits[0].numpy()
             report("prefill", model.logits(ids), expected)
             model.start(ids)
-            report("decode", np.stack([model.read([token]) for token in ids]), expected)
+            report("decode", np.concatenate([model.read([token]) for token in ids]), expected)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,12 @@
 
 import time
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 
+from llmq.draft import Lookup
 from llmq.sampler import Sampling, sample
 from llmq.tokenizer import Tokenizer
 
@@ -16,7 +17,7 @@ class Stats:
     """Counts in tokens, times in seconds; compiling is in neither time.
 
     `reused_tokens` of the prompt were cached; `tokens` were read back in `decode_seconds`, one fewer than were made
-    where the reply was cut.
+    where the reply was cut. With lookup, `drafted` tokens were guessed and read ahead, and `accepted` of them stayed.
     """
 
     prompt_tokens: int = 0
@@ -24,6 +25,8 @@ class Stats:
     prefill_seconds: float = 0.0
     tokens: int = 0
     decode_seconds: float = 0.0
+    drafted: int = 0
+    accepted: int = 0
 
 
 class Context(Protocol):
@@ -39,8 +42,11 @@ class Context(Protocol):
     def start(self, ids: Sequence[int]) -> int:
         """Go back to where the cache and `ids` part; the number of ids that stay cached."""
 
-    def read(self, ids: Sequence[int]) -> np.ndarray:
-        """Append ids; logits f32 [vocab_size] after the last."""
+    def read(self, ids: Sequence[int], n_last: int = 1) -> np.ndarray:
+        """Append ids; logits f32 [n_last, vocab_size] after each of the last `n_last`."""
+
+    def take_back(self, n: int) -> None:
+        """Remove the last `n` ids of those that the last `read` appended, but not all of them."""
 
 
 class Generation:
@@ -59,6 +65,7 @@ class Generation:
         max_tokens: int,
         stop: Sequence[str],
         continues: bool,
+        lookup: bool = False,
     ) -> None:
         self.ids: list[int] = []
         self.stop_reason = "interrupted"
@@ -66,6 +73,7 @@ class Generation:
         self._context = context
         self._sampling = sampling
         self._max_tokens = max_tokens
+        self._lookup = lookup
         # `continues`: the text goes on from the prompt's, so that a leading space counts.
         self._decoder = context.tokenizer.decoder(dummy_prefix=not continues)
         self._pieces = self._run(list(prompt), StopTexts(stop))
@@ -81,33 +89,66 @@ class Generation:
         self._pieces.close()
 
     def _run(self, prompt: list[int], stop: "StopTexts") -> Generator[str, None, None]:
+        """Read a token and what may follow it, sample row after row while the guess was right, take the rest back.
+
+        This is speculative sampling (Leviathan et al. 2023, arXiv 2211.17192) with a draft that is certain of one
+        token: there, such a token is kept with its probability under the model, and otherwise one is drawn from the
+        others. Drawing from the model and comparing does the same in one step; it also uses the random numbers of
+        plain decoding, one a token, so that a seed gives the same reply with lookup and without.
+        """
         rng = np.random.default_rng(self._sampling.seed)
-        logits = self._read_prompt(prompt)
-        seen = list(prompt)
+        seen, draft = list(prompt), list[int]()
+        lookup = Lookup(seen) if self._lookup else None
+        rows = self._read_prompt(prompt)
         while self.stop_reason == "interrupted":
-            token = sample(logits, self._sampling, seen, rng)
-            if token == self._context.tokenizer.eos_id:
-                self.stop_reason = "eos"
-                break
-            self.ids.append(token)
-            seen.append(token)
-            ready, found = stop.feed(self._decoder.feed(token))
-            if found:
-                self.stop_reason = "stop"
-            elif len(self.ids) >= self._max_tokens:
-                self.stop_reason = "length"
-            elif self._context.room == 0:
-                self.stop_reason = "context"
-            if ready:
-                yield ready
+            accepted = 0
+            try:
+                for accepted, logits in enumerate(rows):
+                    token = sample(logits, self._sampling, seen, rng)
+                    seen.append(token)
+                    ready = self._take(token, stop, len(draft) - accepted)
+                    if ready:
+                        yield ready
+                    if self.stop_reason != "interrupted" or accepted == len(draft) or token != draft[accepted]:
+                        break
+            finally:  # also when nobody asks for more: what stays cached is the reply
+                self._settle(len(draft), accepted)
             if self.stop_reason == "interrupted":
-                logits = self._read_token(token)
+                limit = min(self._context.room, self._max_tokens - len(self.ids)) - 1
+                draft = lookup.draft(limit) if lookup else []
+                rows = self._read_tokens([token, *draft])
         if self.stop_reason != "stop":
             rest, found = stop.flush(self._decoder.flush())
             if found:
                 self.stop_reason = "stop"
             if rest:
                 yield rest
+
+    def _take(self, token: int, stop: "StopTexts", ahead: int) -> str:
+        """Adds a token to the reply, notes if that ends it, and returns the text that can be shown.
+
+        `ahead`: how many ids the context holds beyond the one that this token follows.
+        """
+        if token == self._context.tokenizer.eos_id:
+            self.stop_reason = "eos"
+            return ""
+        self.ids.append(token)
+        ready, found = stop.feed(self._decoder.feed(token))
+        if found:
+            self.stop_reason = "stop"
+        elif len(self.ids) >= self._max_tokens:
+            self.stop_reason = "length"
+        elif self._context.room + ahead == 0:
+            self.stop_reason = "context"
+        return ready
+
+    def _settle(self, drafted: int, accepted: int) -> None:
+        if drafted:
+            self._context.take_back(drafted - accepted)
+            old = self.stats
+            self.stats = replace(
+                old, tokens=old.tokens + accepted, drafted=old.drafted + drafted, accepted=old.accepted + accepted
+            )
 
     def _read_prompt(self, prompt: list[int]) -> np.ndarray:
         start = time.perf_counter()
@@ -116,11 +157,11 @@ class Generation:
         self.stats = Stats(len(prompt), reused, time.perf_counter() - start)
         return logits
 
-    def _read_token(self, token: int) -> np.ndarray:
+    def _read_tokens(self, ids: list[int]) -> np.ndarray:
         start, old = time.perf_counter(), self.stats
-        logits = self._context.read([token])
+        logits = self._context.read(ids, len(ids))
         taken = old.decode_seconds + time.perf_counter() - start
-        self.stats = Stats(old.prompt_tokens, old.reused_tokens, old.prefill_seconds, old.tokens + 1, taken)
+        self.stats = replace(old, tokens=old.tokens + 1, decode_seconds=taken)
         return logits
 
 

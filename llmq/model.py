@@ -73,13 +73,17 @@ class Model:
         sampling: Sampling = DEFAULT_SAMPLING,
         max_tokens: int = 256,
         stop: Sequence[str] = (),
+        lookup: bool = False,
     ) -> Generation:
         """Continue a text, or token ids (which then must bring their own BOS).
+
+        lookup: guess tokens from what stands before and check several at once: the same reply, sooner where it repeats
+        its context, and a little later where guesses are wrong.
 
         Raises UsageError for an empty prompt, one that does not fit the context, or an id outside the vocabulary.
         """
         ids = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        return self._generation(ids, sampling, max_tokens, stop, continues=True)
+        return self._generation(ids, sampling, max_tokens, stop, continues=True, lookup=lookup)
 
     def chat(
         self,
@@ -88,13 +92,17 @@ class Model:
         sampling: Sampling = DEFAULT_SAMPLING,
         max_tokens: int = 256,
         stop: Sequence[str] = (),
+        lookup: bool = False,
     ) -> Generation:
         """The assistant's next message. What earlier calls have in common with this one is not read again.
+
+        lookup: as in generate().
 
         Raises UsageError for messages out of order or too long for the context.
         """
         ids = build_prompt(self.tokenizer, messages, self.prompt_version)
-        return self._generation(ids, sampling, max_tokens, stop, continues=messages[-1].role == "assistant")
+        continues = messages[-1].role == "assistant"
+        return self._generation(ids, sampling, max_tokens, stop, continues=continues, lookup=lookup)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, with BOS where the model wants one."""
@@ -132,18 +140,28 @@ class Model:
         del self._ids[same:]
         return same
 
-    def read(self, ids: Sequence[int]) -> np.ndarray:
-        """Append ids to the conversation; logits f32 [vocab_size] after the last."""
+    def read(self, ids: Sequence[int], n_last: int = 1) -> np.ndarray:
+        """Append ids to the conversation; logits f32 [n_last, vocab_size] after each of the last `n_last`."""
         self._check_file()
+        found = []
         for first in range(0, len(ids), self._engine.batch):
             part = list(ids[first : first + self._engine.batch])
             at = len(self._ids)
-            outputs = [len(part) - 1] if first + len(part) == len(ids) else []
+            outputs = range(max(0, len(ids) - n_last - first), len(part))
             self._ring.claim(len(part))
-            logits = self._engine.forward(part, range(at, at + len(part)), [self._ring] * len(part), outputs)
+            found.append(self._engine.forward(part, range(at, at + len(part)), [self._ring] * len(part), outputs))
             self._ids += part
             self._ring.advance(len(part))
-        return logits[0]
+        return np.concatenate(found)
+
+    def take_back(self, n: int) -> None:
+        """Remove the last `n` ids of the conversation.
+
+        Raises UsageError when a window has moved past what the next id would see; fewer than the last `read` appended
+        in one batch can always be taken back.
+        """
+        self._ring.truncate(self._ring.length - n)
+        del self._ids[self._ring.length :]
 
     def close(self) -> None:
         """Ends the threads and lets go of the file."""
@@ -158,7 +176,14 @@ class Model:
         self.close()
 
     def _generation(
-        self, ids: list[int], sampling: Sampling, max_tokens: int, stop: Sequence[str], *, continues: bool
+        self,
+        ids: list[int],
+        sampling: Sampling,
+        max_tokens: int,
+        stop: Sequence[str],
+        *,
+        continues: bool,
+        lookup: bool,
     ) -> Generation:
         self._check_file()
         self._check_ids(ids)
@@ -166,7 +191,9 @@ class Model:
             raise UsageError("stop is one text; give a list of texts")
         if max_tokens < 1:
             raise UsageError(f"max_tokens is {max_tokens}; it must be at least 1")
-        return Generation(Turn(self), ids, sampling=sampling, max_tokens=max_tokens, stop=stop, continues=continues)
+        return Generation(
+            Turn(self), ids, sampling=sampling, max_tokens=max_tokens, stop=stop, continues=continues, lookup=lookup
+        )
 
     def _check_ids(self, ids: Sequence[int]) -> None:
         if len(ids) == 0:
@@ -208,10 +235,18 @@ class Turn:
         self._number = self._model._turns
         return reused
 
-    def read(self, ids: Sequence[int]) -> np.ndarray:
-        if self._number != self._model._turns:
+    def read(self, ids: Sequence[int], n_last: int = 1) -> np.ndarray:
+        if self._lost:
             raise UsageError("another reply of this model has begun since; read one at a time, or load it twice")
-        return self._model.read(ids)
+        return self._model.read(ids, n_last)
+
+    def take_back(self, n: int) -> None:
+        if not self._lost:  # else the next reply has found what there was, and kept what it could
+            self._model.take_back(n)
+
+    @property
+    def _lost(self) -> bool:
+        return self._number != self._model._turns
 
 
 def load(

@@ -85,15 +85,19 @@ class Script:
         self.length = min(2, len(ids) - 1)
         return self.length
 
-    def read(self, ids: Sequence[int]) -> np.ndarray:
+    def read(self, ids: Sequence[int], n_last: int = 1) -> np.ndarray:
+        assert n_last == 1, "nothing is guessed unless it is asked for"
         if len(self.given) == self.breaks_at:
             raise KeyboardInterrupt
         assert len(ids) <= self.room, "the context is overrun"
         self.given.append(list(ids))
         self.length += len(ids)
-        logits = np.zeros(self.tokenizer.n_vocab, np.float32)
-        logits[self.ids[len(self.given) - 1]] = 5
+        logits = np.zeros((1, self.tokenizer.n_vocab), np.float32)
+        logits[0, self.ids[len(self.given) - 1]] = 5
         return logits
+
+    def take_back(self, n: int) -> None:
+        raise AssertionError(f"{n} ids that were not guessed are taken back")
 
 
 def reply(script: Script, **options: Any) -> Generation:
@@ -194,9 +198,9 @@ def test_the_repetition_penalty_sees_prompt_and_reply() -> None:
     """Token 300 stands in the prompt, so that an equal one without a penalty wins; then that one has been used too."""
 
     class Two(Script):
-        def read(self, ids: Sequence[int]) -> np.ndarray:
-            logits = super().read(ids)
-            logits[300] = logits[310] = 5
+        def read(self, ids: Sequence[int], n_last: int = 1) -> np.ndarray:
+            logits = super().read(ids, n_last)
+            logits[0, [300, 310]] = 5
             return logits
 
     made = reply(Two([300] * 9), sampling=Sampling(temperature=0, repetition_penalty=1.5), max_tokens=3)

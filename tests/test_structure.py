@@ -30,6 +30,7 @@ RANKS = {
     "llmq.tokenizer": 7,
     "llmq.prompt": 8,
     "llmq.engine": 9,
+    "llmq.draft": 7,
     "llmq.generate": 10,
     "llmq.model": 11,
     "quant": 20,
