@@ -36,12 +36,15 @@ class Turn:
 class Conversation:
     """The turns so far, and what shapes the next one."""
 
-    def __init__(self, model: "Model", system: str, sampling: "Sampling", max_tokens: int, stop: list[str]) -> None:
+    def __init__(
+        self, model: "Model", system: str, sampling: "Sampling", max_tokens: int, stop: list[str], lookup: bool
+    ) -> None:
         self.model = model
         self.system = system
         self.sampling = sampling
         self.max_tokens = max_tokens
         self.stop = stop
+        self.lookup = lookup
         self.turns: list[Turn] = []
         self.last: Generation | None = None
 
@@ -56,7 +59,11 @@ class Conversation:
     def ask(self, question: str, key: StopKey | None) -> None:
         """Puts the question, shows the reply, and keeps both; a reply stopped before it began leaves no trace."""
         generation = self.model.chat(
-            self.messages(question), sampling=self.sampling, max_tokens=self.max_tokens, stop=self.stop
+            self.messages(question),
+            sampling=self.sampling,
+            max_tokens=self.max_tokens,
+            stop=self.stop,
+            lookup=self.lookup,
         )
         text = speak(generation, key)
         interrupted = key is not None and key.pressed
@@ -79,6 +86,7 @@ def chat(
     min_p: options.MinP = None,
     repeat_penalty: options.RepeatPenalty = None,
     seed: options.Seed = None,
+    lookup: options.Lookup = False,
     ctx: options.Context = None,
     window: options.Window = None,
     threads: options.Threads = None,
@@ -89,7 +97,7 @@ def chat(
     """
     sampling = options.sampling(temp, top_k, top_p, min_p, repeat_penalty, seed)
     with options.open_model(model, options.Engine(ctx, window, threads)) as loaded:
-        conversation = Conversation(loaded, options.utf8(system), sampling, max_tokens, stop or [])
+        conversation = Conversation(loaded, options.utf8(system), sampling, max_tokens, stop or [], lookup)
         if sys.stdin.isatty() and sys.stdout.isatty():
             from cli.keyboard import kept_terminal
 

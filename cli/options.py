@@ -52,6 +52,10 @@ RepeatPenalty = Annotated[
     typer.Option("--repeat-penalty", metavar="X", help="Above 1 makes recent tokens less likely; 1 is off."),
 ]
 Seed = Annotated[int | None, typer.Option("--seed", metavar="N", help="Same seed, same reply.")]
+Lookup = Annotated[
+    bool,
+    typer.Option("--lookup", help="Guess from the context what comes: the same reply, sooner where it repeats."),
+]
 Context = Annotated[
     int | None,
     typer.Option("--ctx", metavar="N", min=1, help="Tokens of conversation to hold.  [default: the model's]"),

@@ -74,8 +74,9 @@ def figures(generation: "Generation", n_ctx: int) -> str:
     stats = generation.stats
     read = stats.prompt_tokens - stats.reused_tokens
     reused = f", {stats.reused_tokens} reused" if stats.reused_tokens else ""
+    lookup = f", lookup {stats.accepted}/{stats.drafted}" if stats.drafted else ""
     return (
-        f"[{len(generation.ids)} tokens, {rate(stats.tokens, stats.decode_seconds)} tok/s; "
+        f"[{len(generation.ids)} tokens, {rate(stats.tokens, stats.decode_seconds)} tok/s{lookup}; "
         f"prompt {read}, {rate(read, stats.prefill_seconds)} tok/s{reused}; "
         f"context {stats.prompt_tokens + len(generation.ids)} of {n_ctx}]"
     )

@@ -40,6 +40,7 @@ def run(
     min_p: options.MinP = None,
     repeat_penalty: options.RepeatPenalty = None,
     seed: options.Seed = None,
+    lookup: options.Lookup = False,
     ctx: options.Context = None,
     window: options.Window = None,
     threads: options.Threads = None,
@@ -53,11 +54,11 @@ def run(
     sampling = options.sampling(temp, top_k, top_p, min_p, repeat_penalty, seed)
     with options.open_model(model, options.Engine(ctx, window, threads)) as loaded:
         if raw:
-            generation = loaded.generate(text, sampling=sampling, max_tokens=max_tokens, stop=stop or [])
+            generation = loaded.generate(text, sampling=sampling, max_tokens=max_tokens, stop=stop or [], lookup=lookup)
         else:
             messages = [Message("system", options.utf8(system))] if system else []
             messages.append(Message("user", text))
-            generation = loaded.chat(messages, sampling=sampling, max_tokens=max_tokens, stop=stop or [])
+            generation = loaded.chat(messages, sampling=sampling, max_tokens=max_tokens, stop=stop or [], lookup=lookup)
         if json_output:
             reply = {"text": "".join(generation), "stop_reason": generation.stop_reason, "model": loaded.path.stem}
             json.dump(reply | {"stats": dataclasses.asdict(generation.stats)}, sys.stdout)

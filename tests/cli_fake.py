@@ -27,6 +27,8 @@ class Stats:
     prefill_seconds: float
     tokens: int
     decode_seconds: float
+    drafted: int = 0
+    accepted: int = 0
 
 
 class Generation:

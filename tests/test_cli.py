@@ -94,6 +94,7 @@ OPTIONS = [
     (["-n", "5"], "max_tokens", 5),
     (["--max-tokens", "6"], "max_tokens", 6),
     (["--stop", "a", "--stop", "b"], "stop", ["a", "b"]),
+    (["--lookup"], "lookup", True),
     (["--ctx", "99"], "load.n_ctx", 99),
     (["--window", "32"], "load.window", 32),
     (["--threads", "3"], "load.threads", 3),
