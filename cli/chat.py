@@ -89,6 +89,7 @@ def chat(
     lookup: options.Lookup = False,
     ctx: options.Context = None,
     window: options.Window = None,
+    kv_type: options.KVType = "f16",
     threads: options.Threads = None,
 ) -> None:
     """Chat with a model.
@@ -96,7 +97,7 @@ def chat(
     Without a terminal, each line of stdin is one message and stdout carries the replies.
     """
     sampling = options.sampling(temp, top_k, top_p, min_p, repeat_penalty, seed)
-    with options.open_model(model, options.Engine(ctx, window, threads)) as loaded:
+    with options.open_model(model, options.Engine(ctx, window, threads, kv_type)) as loaded:
         conversation = Conversation(loaded, options.utf8(system), sampling, max_tokens, stop or [], lookup)
         if sys.stdin.isatty() and sys.stdout.isatty():
             from cli.keyboard import kept_terminal

@@ -69,6 +69,10 @@ Window = Annotated[
 Threads = Annotated[
     int | None, typer.Option("--threads", "-t", metavar="N", min=1, help="Threads.  [default: one per core]")
 ]
+KVType = Annotated[
+    str,
+    typer.Option("--kv-type", metavar="TYPE", help="Keys and values as f16, or as q8_0 in about half the memory."),
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +82,7 @@ class Engine:
     n_ctx: int | None
     window: int | None
     threads: int | None
+    kv_type: str
 
 
 def sampling(
@@ -106,7 +111,14 @@ def open_model(name: str, engine: Engine) -> "Model":
     """Loads the model; kernels that must be compiled first are named on stderr."""
     from llmq.model import load
 
-    return load(name, n_ctx=engine.n_ctx, window=engine.window, threads=engine.threads, on_event=show_compiling)
+    return load(
+        name,
+        n_ctx=engine.n_ctx,
+        window=engine.window,
+        threads=engine.threads,
+        kv_type=engine.kv_type,
+        on_event=show_compiling,
+    )
 
 
 def utf8(text: str) -> str:

@@ -43,6 +43,7 @@ def run(
     lookup: options.Lookup = False,
     ctx: options.Context = None,
     window: options.Window = None,
+    kv_type: options.KVType = "f16",
     threads: options.Threads = None,
 ) -> None:
     """Answer one prompt and leave."""
@@ -52,7 +53,7 @@ def run(
         raise UsageError("--raw has no chat format and so no place for --system; leave one of them out")
     text = read_prompt(prompt or ["-"])
     sampling = options.sampling(temp, top_k, top_p, min_p, repeat_penalty, seed)
-    with options.open_model(model, options.Engine(ctx, window, threads)) as loaded:
+    with options.open_model(model, options.Engine(ctx, window, threads, kv_type)) as loaded:
         if raw:
             generation = loaded.generate(text, sampling=sampling, max_tokens=max_tokens, stop=stop or [], lookup=lookup)
         else:

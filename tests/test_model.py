@@ -279,6 +279,7 @@ def test_bad_prompts(model: Model, prompt: list[int], options: dict[str, Any], s
         ({"window": -1}, "window"),
         ({"n_ctx": 0}, "context"),
         ({"n_ctx": 5000, "window": 0}, "4096"),
+        ({"kv_type": "q4"}, "f16, q8_0"),
     ],
 )
 def test_bad_options(path: Path, options: dict[str, Any], says: str) -> None:
