@@ -1,12 +1,14 @@
 """Vector operations against NumPy, on whatever instruction set the code is compiled for (test_isa.py forces others)."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 from compiled import address, aligned, compiled
+from numba import types
 
-from llmq.jit import jit
+from llmq.jit import jit, kernel
 from llmq.simd import (
     ROWS,
     abs_f32x16,
@@ -77,10 +79,8 @@ from llmq.simd import (
     store_i32x8,
     store_i32x16,
     store_u8x64,
-    strip_add_scaled16,
-    strip_add_scaled32,
-    strip_dot32_u7,
-    strip_dot32_u8,
+    strip_add_scaled,
+    strip_dot32,
     strip_dot_pair,
     strip_f32,
     strip_fma,
@@ -150,36 +150,44 @@ def test_word_dot() -> None:
     assert out[0] == sum(int(a) * int(b) for a, b in zip(x, y, strict=True))
 
 
-@compiled
-def run_strips(out, w, pairs, scales, x):
-    line = 4 * ROWS * 3
-    strip_store(out, strip_dot32_u7(strip_i32(3), w, x, 128))
-    strip_store(out + line, strip_dot32_u8(strip_i32(3), w, x, 128))
-    strip_store(out + 2 * line, strip_dot_pair(strip_i32(3), pairs, x, 128))
-    start = strip_dot_pair(strip_i32(3), pairs, x, 128)
-    strip_store(out + 3 * line, strip_add_scaled32(start, w, x, scales, 128))
-    strip_store(out + 4 * line, strip_add_scaled16(start, w, x, scales, 128))
+def strips_of(top: int) -> Any:
+    """A kernel of everything that a strip does with integers, for weights of up to `top`."""
+    dot, scaled = strip_dot32(top), [strip_add_scaled(n, min(top, 63)) for n in (32, 16)]
+
+    first, second = scaled
+
+    def run_strips(out, w, pairs, scales, x):
+        line = 4 * ROWS * 3
+        strip_store(out, dot(strip_i32(3), w, x, 128))
+        start = strip_dot_pair(strip_i32(3), pairs, x, 128)
+        strip_store(out + line, start)
+        strip_store(out + 2 * line, first(start, w, x, scales, 128))
+        strip_store(out + 3 * line, second(start, w, x, scales, 128))
+
+    return kernel(*(types.int64,) * 5, name=f"strips_{top}")(run_strips)
 
 
-@pytest.mark.parametrize("limit", [127, 255])
+@pytest.mark.parametrize("top", [15, 31, 63, 127, 255])
 @pytest.mark.parametrize("largest", [False, True])
-def test_strips(limit: int, largest: bool) -> None:
-    """32 or 16 weights of a strip's rows against the bytes of three tokens; words [8][ROWS][4] as a panel has them."""
-    rng = np.random.default_rng(limit)
+def test_strips(top: int, largest: bool) -> None:
+    """32 or 16 weights of a strip's rows against the bytes of three tokens; words [8][ROWS][4] as a panel has them.
+
+    With all at their largest, sums in 16 bits are as near their end as they may get.
+    """
+    rng = np.random.default_rng(top)
     w, pairs = aligned((8, ROWS, 4), np.uint8), aligned((ROWS, 2), np.int16)
-    scales, x, out = aligned((ROWS,), np.int32), aligned((3, 128), np.int8), aligned((5, 3, ROWS), np.int32)
-    w[:] = limit if largest else rng.integers(0, limit + 1, w.shape)
+    scales, x, out = aligned((ROWS,), np.int32), aligned((3, 128), np.int8), aligned((4, 3, ROWS), np.int32)
+    w[:] = top if largest else rng.integers(0, top + 1, w.shape)
     x[:] = -127 if largest else rng.integers(-127, 128, x.shape)
     pairs[:], scales[:] = rng.integers(-64, 64, pairs.shape), -128 if largest else rng.integers(-128, 128, ROWS)
-    run_strips(*map(address, (out, w, pairs, scales, x)))
+    strips_of(top)(*map(address, (out, w, pairs, scales, x)))
     rows, tokens = w.swapaxes(0, 1).reshape(ROWS, 32).astype(np.int64), x.astype(np.int64)
     first = x[:, :4].copy().view(np.int16).astype(np.int64) @ pairs.T.astype(np.int64)
-    np.testing.assert_array_equal(out[1], tokens[:, :32] @ rows.T)
-    np.testing.assert_array_equal(out[2], first)
-    if limit < 128:
-        np.testing.assert_array_equal(out[0], tokens[:, :32] @ rows.T)
-        np.testing.assert_array_equal(out[3], first + tokens[:, :32] @ rows.T * scales)
-        np.testing.assert_array_equal(out[4], first + tokens[:, :16] @ rows[:, :16].T * scales)
+    np.testing.assert_array_equal(out[0], tokens[:, :32] @ rows.T)
+    np.testing.assert_array_equal(out[1], first)
+    if top < 64:
+        np.testing.assert_array_equal(out[2], first + tokens[:, :32] @ rows.T * scales)
+        np.testing.assert_array_equal(out[3], first + tokens[:, :16] @ rows[:, :16].T * scales)
 
 
 @compiled

@@ -155,7 +155,7 @@ def _k_rows(unpack: KFormat, size: int, n: int) -> Any:
 def _block_rows(unpack: BlockFormat, size: int, n: int) -> Any:
     """Per block d * dx * (u . q) + c * dx * sum(q)."""
     lanes, factors = unpack.lanes, unpack.factors8
-    dot = tile_dot_u8 if unpack.full else tile_dot_u7
+    dot = tile_dot_u8 if unpack.top > 127 else tile_dot_u7
 
     @jit
     def rows(acc, offset, w, x, x_stride, n_groups, ahead):

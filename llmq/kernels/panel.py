@@ -32,10 +32,8 @@ from llmq.simd import (
     stack,
     store_f32,
     store_i32x16,
-    strip_add_scaled16,
-    strip_add_scaled32,
-    strip_dot32_u7,
-    strip_dot32_u8,
+    strip_add_scaled,
+    strip_dot32,
     strip_dot_pair,
     strip_f32,
     strip_fma,
@@ -150,8 +148,8 @@ def _k_pack(unpack: KFormat) -> Any:
 
 
 def _k_tile(unpack: KFormat) -> Any:
-    add_scaled, n_subs = (strip_add_scaled32, 8) if unpack.sub == 32 else (strip_add_scaled16, 16)
-    n_pairs, sums, span = n_subs // 2, SUMS32 if unpack.sub == 32 else SUMS16, 256 // n_subs
+    add_scaled, n_subs = strip_add_scaled(unpack.sub, unpack.top), 256 // unpack.sub
+    n_pairs, sums, span = n_subs // 2, SUMS32 if unpack.sub == 32 else SUMS16, unpack.sub
 
     @jit
     def tile(out, panel, x):
@@ -186,7 +184,7 @@ def _block_pack(unpack: BlockFormat) -> Any:
 
 
 def _block_tile(unpack: BlockFormat) -> Any:
-    dot = strip_dot32_u8 if unpack.full else strip_dot32_u7
+    dot = strip_dot32(unpack.top)
 
     @jit
     def tile(out, panel, x):

@@ -55,6 +55,7 @@ class KFormat:
 
     format: Format
     sub: int  # weights per scale: 32 or 16
+    top: int  # the largest lane
     lanes: Callable[..., Any]  # (w, j) -> u8x64, below 128
     scales: Callable[..., Any]  # (w) -> i16x16, one per 16 weights
     mins: Callable[..., Any]  # (w) -> i16x16, one per 16 weights
@@ -68,7 +69,7 @@ class BlockFormat:
     """Blocks of 32 weights with a half-float scale and an offset."""
 
     format: Format
-    full: bool  # lanes use all eight bits
+    top: int  # the largest lane
     lanes: Callable[..., Any]  # (w, j) -> u8x64
     factors: Callable[..., Any]  # (address of one block) -> d, c
     factors8: Callable[..., Any]  # (w) -> f32x8, f32x8: d and c of the group's blocks
@@ -204,7 +205,7 @@ def q5_1_lanes(w, j):
     return join_u8x32(_five_bits(w + 4, w + 8), _five_bits(w + 28, w + 32))
 
 
-def centred(fmt: Format, full: bool, lanes: Callable[..., Any], centre: int) -> BlockFormat:
+def centred(fmt: Format, top: int, lanes: Callable[..., Any], centre: int) -> BlockFormat:
     """Blocks that start with a scale: x = d * (u - centre)."""
     offset, step = np.float32(-centre), fmt.block_bytes
 
@@ -218,10 +219,10 @@ def centred(fmt: Format, full: bool, lanes: Callable[..., Any], centre: int) -> 
         d = gather_f16x8(w, step)
         return d, d * splat_f32x8(offset)
 
-    return BlockFormat(fmt, full, lanes, factors, factors8)
+    return BlockFormat(fmt, top, lanes, factors, factors8)
 
 
-def with_minimum(fmt: Format, lanes: Callable[..., Any]) -> BlockFormat:
+def with_minimum(fmt: Format, top: int, lanes: Callable[..., Any]) -> BlockFormat:
     """Blocks that start with a scale and a minimum: x = d * u + m."""
     step = fmt.block_bytes
 
@@ -233,7 +234,7 @@ def with_minimum(fmt: Format, lanes: Callable[..., Any]) -> BlockFormat:
     def factors8(w):
         return gather_f16x8(w, step), gather_f16x8(w + 2, step)
 
-    return BlockFormat(fmt, False, lanes, factors, factors8)
+    return BlockFormat(fmt, top, lanes, factors, factors8)
 
 
 @jit
@@ -254,14 +255,14 @@ def bf16_lanes(w):
 UNPACK: dict[int, KFormat | BlockFormat | FloatFormat] = {
     unpack.format.id: unpack
     for unpack in (
-        KFormat(Q4_K, 32, q4_k_lanes, k45_scales, k45_mins, k45_factors, q4_k_halves, k45_words),
-        KFormat(Q5_K, 32, q5_k_lanes, k45_scales, k45_mins, k45_factors, q5_k_halves, k45_words),
-        KFormat(Q6_K, 16, q6_k_lanes, q6_k_scales, q6_k_mins, q6_k_factors),
-        centred(Q8_0, True, q8_0_lanes, 128),
-        centred(Q4_0, False, q4_0_lanes, 8),
-        with_minimum(Q4_1, q4_1_lanes),
-        centred(Q5_0, False, q5_0_lanes, 16),
-        with_minimum(Q5_1, q5_1_lanes),
+        KFormat(Q4_K, 32, 15, q4_k_lanes, k45_scales, k45_mins, k45_factors, q4_k_halves, k45_words),
+        KFormat(Q5_K, 32, 31, q5_k_lanes, k45_scales, k45_mins, k45_factors, q5_k_halves, k45_words),
+        KFormat(Q6_K, 16, 63, q6_k_lanes, q6_k_scales, q6_k_mins, q6_k_factors),
+        centred(Q8_0, 255, q8_0_lanes, 128),
+        centred(Q4_0, 15, q4_0_lanes, 8),
+        with_minimum(Q4_1, 15, q4_1_lanes),
+        centred(Q5_0, 31, q5_0_lanes, 16),
+        with_minimum(Q5_1, 31, q5_1_lanes),
         FloatFormat(F32, f32_lanes),
         FloatFormat(F16, f16_lanes),
         FloatFormat(BF16, bf16_lanes),

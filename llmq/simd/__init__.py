@@ -90,10 +90,8 @@ from llmq.simd.half import gather_f16x8, load_f16, load_f16_pair, load_f16x16, s
 from llmq.simd.strip import (
     ROWS,
     TOKENS,
-    strip_add_scaled16,
-    strip_add_scaled32,
-    strip_dot32_u7,
-    strip_dot32_u8,
+    strip_add_scaled,
+    strip_dot32,
     strip_dot_pair,
     strip_f32,
     strip_fma,

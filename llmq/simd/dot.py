@@ -109,19 +109,22 @@ def dot_i16(b: Any, acc: Any, x: Any, y: Any) -> Any:
 dot_i16x16 = op(dot_i16, i32x8, i32x8, i16x16, i16x16)
 
 
+def multiply_pairs(b: Any, u: Any, s: Any) -> Any:
+    """i16 lanes u[2i]*s[2i] + u[2i+1]*s[2i+1], for u below 128; x86 only."""
+    if ISA == "avx512vnni":
+        return call_intrinsic(b, "llvm.x86.avx512.pmaddubs.w.512", ll(i16x32), u, s)
+    halves = zip(slices(b, u, 2), slices(b, s, 2), strict=True)
+    half = ir.VectorType(I16, 16)
+    return concat(b, [call_intrinsic(b, "llvm.x86.avx2.pmadd.ub.sw", half, *pieces) for pieces in halves])
+
+
 def dot_scaled(b: Any, acc: Any, u: Any, s: Any, scales: Any) -> Any:
     """acc[i] += scale * (u[4i]*s[4i] + ... + u[4i+3]*s[4i+3]); i16 lanes 2i and 2i+1 both hold the scale.
 
     On x86 two products of bytes fit 16 bits (127 * 127 * 2), and the step that adds pairs multiplies by the scale too.
     """
-    if ISA == "avx512vnni":
-        pairs = call_intrinsic(b, "llvm.x86.avx512.pmaddubs.w.512", ll(i16x32), u, s)
-        return dot_i16(b, acc, pairs, scales)
-    if ISA in ("avxvnni", "avx2"):
-        halves = zip(slices(b, u, 2), slices(b, s, 2), strict=True)
-        half = ir.VectorType(I16, 16)
-        pairs = concat(b, [call_intrinsic(b, "llvm.x86.avx2.pmadd.ub.sw", half, *pieces) for pieces in halves])
-        return dot_i16(b, acc, pairs, scales)
+    if ISA in ("avx512vnni", "avxvnni", "avx2"):
+        return dot_i16(b, acc, multiply_pairs(b, u, s), scales)
     wide = b.sext(shuffle(b, scales, scales, range(0, 32, 2)), ll(i32x16))
     return b.add(acc, b.mul(dot_small(b, const(ll(i32x16), [0] * 16), u, s), wide))
 

@@ -13,7 +13,7 @@ from numba import types
 from numba.core.typing.templates import signature
 from numba.extending import intrinsic
 
-from llmq.simd.dot import dot_full, dot_i16, dot_small
+from llmq.simd.dot import dot_full, dot_i16, dot_small, multiply_pairs
 from llmq.simd.vector import (
     ADDRESS,
     F32,
@@ -22,6 +22,7 @@ from llmq.simd.vector import (
     ISA,
     Vec,
     call_intrinsic,
+    const,
     f32x16,
     i8x64,
     i16x32,
@@ -113,26 +114,68 @@ def _dot_words(dot: Callable[..., Any], n: int) -> Callable[..., list[Any]]:
     return build
 
 
-def _add_scaled(dot: Callable[..., Any], n: int) -> Callable[..., list[Any]]:
-    """totals += scale * (sum of 4 * n products), in integers; i32 scales at `scales`."""
-    words = _dot_words(dot, n)
+def _dot_runs(n: int, top: int) -> Callable[..., list[Any]]:
+    """The same with 16-bit sums for as long as they hold weights up to `top`; gives (sums of pairs, run) at a time."""
+    run = min(n, 32767 // (2 * 127 * top))
 
-    def build(b: Any, totals: list[Any], w: Any, x: Any, scales: Any, step: int) -> list[Any]:
-        sums = words(b, [ir.Constant(ll(i32x16), None)] * len(totals), w, x, step)
-        factors = _vectors(b, scales, ll(i32x16))
-        return [
-            b.add(total, b.mul(s, factors[i % VECTORS])) for i, (total, s) in enumerate(zip(totals, sums, strict=True))
-        ]
+    def build(b: Any, count: int, w: Any, x: Any, step: int) -> list[list[Any]]:
+        runs = []
+        for first in range(0, n, run):
+            sums: list[Any] = [None] * count
+            for k in range(first, min(first + run, n)):
+                weights = _vectors(b, _at(b, w, 64 * VECTORS * k), ll(u8x64))
+                for token in range(count // VECTORS):
+                    word = b.bitcast(_word(b, _at(b, x, 4 * k), token, step, I32), ll(i8x64))
+                    for v in range(VECTORS):
+                        i = token * VECTORS + v
+                        pairs = multiply_pairs(b, weights[v], word)
+                        sums[i] = pairs if sums[i] is None else b.add(sums[i], pairs)
+            runs.append(sums)
+        return runs
 
     return build
 
 
-# totals += scale * (weights . activations) of 32 or 16 weights below 128: totals, weights, activations, scales, step
-strip_add_scaled32 = _strip_op(_add_scaled(dot_small, 8), 5)
-strip_add_scaled16 = _strip_op(_add_scaled(dot_small, 4), 5)
-# sums += 32 weights . activations; weights below 128, or any byte: sums, weights, activations, step
-strip_dot32_u7 = _strip_op(_dot_words(dot_small, 8), 4)
-strip_dot32_u8 = _strip_op(_dot_words(dot_full, 8), 4)
+def _twice(b: Any, scales: Any) -> Any:
+    """i32 lanes with the low half in both halves, as i16."""
+    low = b.and_(scales, const(ll(i32x16), [0xFFFF] * 16))
+    return b.bitcast(b.or_(low, b.shl(scales, const(ll(i32x16), [16] * 16))), ll(i16x32))
+
+
+def strip_add_scaled(n_weights: int, top: int) -> Any:
+    """An intrinsic: totals, weights, activations, scales, step -> totals + scale * (weights . activations).
+
+    `n_weights` (32 or 16) weights of up to `top`, and an i32 scale for each row; all in integers. Without a dot product
+    of bytes the products are added in 16 bits, and the step to 32 bits is what multiplies by the scale.
+    """
+    words, runs = _dot_words(dot_small, n_weights // 4), _dot_runs(n_weights // 4, top)
+
+    def build(b: Any, totals: list[Any], w: Any, x: Any, scales: Any, step: int) -> list[Any]:
+        factors = _vectors(b, scales, ll(i32x16))
+        if ISA != "avx2":
+            sums = words(b, [ir.Constant(ll(i32x16), None)] * len(totals), w, x, step)
+            return [b.add(total, b.mul(sums[i], factors[i % VECTORS])) for i, total in enumerate(totals)]
+        factors = [_twice(b, f) for f in factors]
+        for sums in runs(b, len(totals), w, x, step):
+            totals = [dot_i16(b, total, sums[i], factors[i % VECTORS]) for i, total in enumerate(totals)]
+        return totals
+
+    return _strip_op(build, 5)
+
+
+def strip_dot32(top: int) -> Any:
+    """An intrinsic: sums, weights, activations, step -> sums + weights . activations, of 32 weights of up to `top`."""
+    words, runs = _dot_words(dot_full if top > 127 else dot_small, 8), _dot_runs(8, min(top, 127))
+
+    def build(b: Any, sums: list[Any], w: Any, x: Any, step: int) -> list[Any]:
+        if ISA != "avx2" or top > 127:
+            return words(b, sums, w, x, step)
+        ones = const(ll(i16x32), [1] * 32)
+        for pairs in runs(b, len(sums), w, x, step):
+            sums = [dot_i16(b, old, pairs[i], ones) for i, old in enumerate(sums)]
+        return sums
+
+    return _strip_op(build, 4)
 
 
 def _dot_pairs(b: Any, sums: list[Any], pairs: Any, x: Any, step: int) -> list[Any]:
