@@ -398,8 +398,8 @@ def run_grid(out, sums, halves, words, bytes_, row):
     grid_store(out, 128, 3, grid_scale(grid, 3, words))
     dots = grid_dot(grid_start(at, 3, sums), load_i8_each((bytes_, bytes_ + 64), 0), words)
     grid_store(out + 384, 128, 3, grid_add_scaled(grid_f32(6), dots, load_f16_each(at, 0), words))
-    grid_store(out + 768, 64, 1, load_f16_row(halves, 0, 2))
-    grid_store(out + 896, 64, 1, load_q8_row(row, 16, 2))
+    grid_store(out + 768, 64, 1, load_f16_row(halves, 0, 0, 2))
+    grid_store(out + 896, 64, 1, load_q8_row(row, 0, 1, 2))
 
 
 def test_grids() -> None:

@@ -189,6 +189,7 @@ def make_attend(n: int, kv: KVFormat) -> Kernel:
     wide = min(4, QUERIES // n)
     put_query, score, load_row = (_f16_steps if kv is F16_KV else _q8_0_steps)(n, wide)
     addresses, bits, soften = _addresses(wide), int(16 * kv.bits), _make_soften(n)
+    at_once = max(32, 16 * wide)  # dimensions; sums have room for whole grids
 
     @jit
     def score_span(scratch, keys, capacity, head_dim, block, n_blocks):
@@ -197,18 +198,24 @@ def make_attend(n: int, kv: KVFormat) -> Kernel:
             grid_store(scratch + SCORES + 64 * b, SPAN_BYTES, n, score(scratch, at, head_dim))
 
     @jit
+    def gather_some(scratch, values, capacity, head_dim, stride, block, n_blocks, i, skip):
+        """Dimensions i + 16 skip .. of: sums = sums * factor + probabilities . values."""
+        sums = scratch + SUMS + 4 * (i + 16 * skip)
+        acc = grid_scale(grid_load(n, wide, sums, stride), n, scratch + STATE + 8 * n)
+        for b in range(n_blocks):
+            row = values + ((block + b) % (capacity >> 4)) * 16 * (head_dim * bits >> 7)
+            p = scratch + SCORES + 64 * b
+            for k in range(16):
+                acc = grid_fma(acc, load_row(row, i, skip, wide), p + 4 * k, SPAN_BYTES)
+                row += head_dim * bits >> 7
+        grid_store(sums, stride, n, acc)
+
+    @jit
     def gather(scratch, values, capacity, head_dim, stride, block, n_blocks):
-        """sums = sums * factor + probabilities . values."""
-        sums = scratch + SUMS
-        for i in range(0, head_dim, 16 * wide):
-            acc = grid_scale(grid_load(n, wide, sums + 4 * i, stride), n, scratch + STATE + 8 * n)
-            for b in range(n_blocks):
-                row = values + ((block + b) % (capacity >> 4)) * 16 * (head_dim * bits >> 7)
-                p = scratch + SCORES + 64 * b
-                for k in range(16):
-                    acc = grid_fma(acc, load_row(row, i, wide), p + 4 * k, SPAN_BYTES)
-                    row += head_dim * bits >> 7
-            grid_store(sums + 4 * i, stride, n, acc)
+        for i in range(0, head_dim, at_once):
+            gather_some(scratch, values, capacity, head_dim, stride, block, n_blocks, i, 0)
+            if wide == 1:
+                gather_some(scratch, values, capacity, head_dim, stride, block, n_blocks, i, 1)
 
     @jit
     def finish(out, sums, state, head_dim, is_part):

@@ -85,32 +85,34 @@ load_i8_each = _load_each(u8x64, lambda b, at: b.xor(_load(b, at, ll(u8x64)), co
 
 
 def _load_row(build: Any) -> Any:
-    """An intrinsic: address of a row, i, n (a literal) -> values i .. i + 16 n of the row, as n vectors."""
+    """An intrinsic: address of a row, i, skip, n (literals) -> n vectors: 16 values each, from value i + 16 skip on.
 
-    def declare(typingctx: Any, at: Any, first: Any, n: Any) -> Any:  # noqa: ARG001
-        count = literal(n)
-        if count is None:
+    i is a multiple of 32.
+    """
+
+    def declare(typingctx: Any, at: Any, first: Any, skip: Any, n: Any) -> Any:  # noqa: ARG001
+        start, count = literal(skip), literal(n)
+        if start is None or count is None:
             return None
 
         def codegen(context: Any, b: Any, sig: Any, values: Any) -> Any:
-            firsts = [_at(b, values[1], 16 * u) for u in range(count)]
-            return context.make_tuple(b, sig.return_type, [build(b, values[0], i) for i in firsts])
+            vectors = [build(b, values[0], values[1], start + u) for u in range(count)]
+            return context.make_tuple(b, sig.return_type, vectors)
 
-        return signature(types.UniTuple(f32x16, count), ADDRESS, ADDRESS, n), codegen
+        return signature(types.UniTuple(f32x16, count), ADDRESS, ADDRESS, skip, n), codegen
 
-    return intrinsic_of(declare, 3)
-
-
-def _f16_vector(b: Any, row: Any, i: Any) -> Any:
-    return widen(b, _load(b, b.add(row, b.shl(i, ir.Constant(I64, 1))), ll(u16x16)))
+    return intrinsic_of(declare, 4)
 
 
-def _q8_vector(b: Any, row: Any, i: Any) -> Any:
+def _f16_vector(b: Any, row: Any, i: Any, u: int) -> Any:
+    return widen(b, _load(b, _at(b, b.add(row, b.shl(i, ir.Constant(I64, 1))), 32 * u), ll(u16x16)))
+
+
+def _q8_vector(b: Any, row: Any, i: Any, u: int) -> Any:
     """Sixteen values of a row of Q8_0 blocks: half d, then 32 signed bytes."""
-    number = lambda n: ir.Constant(I64, n)  # noqa: E731
-    block = b.add(row, b.mul(b.lshr(i, number(5)), number(34)))
+    block = _at(b, b.add(row, b.mul(b.lshr(i, ir.Constant(I64, 5)), ir.Constant(I64, 34))), u // 2 * 34)
     d = widen(b, _load(b, block, I16))
-    bytes16 = _load(b, b.add(b.add(block, number(2)), b.and_(i, number(16))), ll(i8x16))
+    bytes16 = _load(b, _at(b, block, 2 + u % 2 * 16), ll(i8x16))
     return b.fmul(b.sitofp(b.sext(bytes16, ll(i32x16)), ll(f32x16)), splat(b, d, 16))
 
 
