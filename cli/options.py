@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cli.screen import show_compiling
+from cli.screen import show_loading
 from llmq.store import BUNDLED, installed
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ Window = Annotated[
     ),
 ]
 Threads = Annotated[
-    int | None, typer.Option("--threads", "-t", metavar="N", min=1, help="Threads.  [default: one per core]")
+    int | None, typer.Option("--threads", "-t", metavar="N", min=1, help="Threads.  [default: one per physical core]")
 ]
 KVType = Annotated[
     str,
@@ -108,7 +108,7 @@ def sampling(
 
 
 def open_model(name: str, engine: Engine) -> "Model":
-    """Loads the model; kernels that must be compiled first are named on stderr."""
+    """Loads the model; what has to be done first, once for this machine, is told on stderr."""
     from llmq.model import load
 
     return load(
@@ -117,7 +117,7 @@ def open_model(name: str, engine: Engine) -> "Model":
         window=engine.window,
         threads=engine.threads,
         kv_type=engine.kv_type,
-        on_event=show_compiling,
+        on_event=show_loading,
     )
 
 

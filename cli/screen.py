@@ -45,9 +45,9 @@ class Status:
         self.label = ""
         self.visible = False
 
-    def show(self, label: str, text: str) -> None:
+    def show(self, label: str, text: str = "") -> None:
         if is_terminal(sys.stderr):
-            sys.stderr.write("\r\x1b[K" + dim(f"{label}: {one_line(text, 50)}"))
+            sys.stderr.write("\r\x1b[K" + dim(f"{label}: {one_line(text, 50)}" if text else label))
             sys.stderr.flush()
             self.visible = True
         elif label != self.label:
@@ -67,6 +67,16 @@ status = Status()
 def show_compiling(kernel: str) -> None:
     """Told by the runtime before each kernel that it has to compile."""
     status.show("compiling for this processor, once", kernel)
+
+
+def show_loading(event: str) -> None:
+    """Told by the runtime what loading a model has to wait for, once: a measurement, or a kernel."""
+    from llmq.cores import MEASURING
+
+    if event == MEASURING:
+        status.show(MEASURING)
+    else:
+        show_compiling(event)
 
 
 def answer(text: str) -> None:

@@ -144,13 +144,17 @@ def read_cached(path: Path) -> tuple[str, bytes, bytes] | None:
 
 
 def write_cached(path: Path, symbol: str, objects: bytes, bitcode: bytes) -> None:
-    """Write one cache file under a temporary name and rename it; a full or read-only disk only means no cache."""
     payload = struct.pack("<IQ", len(symbol), len(objects)) + symbol.encode() + objects + bitcode
+    write_atomically(path, MAGIC + _digest(path, payload) + payload)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a cache file under a temporary name and rename it; a full or read-only disk only means no cache."""
     try:
         fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=".new-")
         try:
             with os.fdopen(fd, "wb") as file:
-                file.write(MAGIC + _digest(path, payload) + payload)
+                file.write(content)
             Path(temporary).replace(path)
         except OSError:
             Path(temporary).unlink(missing_ok=True)
@@ -180,20 +184,22 @@ def cache_folder() -> Path | None:
 
 
 def _open_folder() -> Path | None:
-    root, stamp = cache_root(), source_stamp()
-    folder = root / stamp
-    try:
-        root.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if not is_private(root):
-            return None
-        folder.mkdir(exist_ok=True, mode=0o700)
-        if not is_private(folder):
-            return None
-    except OSError:
+    root, stamp = open_private(cache_root()), source_stamp()
+    folder = open_private(root / stamp) if root else None
+    if root is None or folder is None:
         return None
     with contextlib.suppress(OSError):  # another process may be at it too
         _remove_old(root, stamp)
     return folder
+
+
+def open_private(folder: Path) -> Path | None:
+    """The folder, made if need be; None where it cannot be made or others can write to it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return folder if is_private(folder) else None
+    except OSError:
+        return None
 
 
 def _remove_old(root: Path, stamp: str) -> None:

@@ -11,12 +11,14 @@ import psutil
 
 from llmq.cache import KVRing, ring_bytes
 from llmq.config import ModelConfig, check_tensors, read_config
+from llmq.cores import allowed_cpus
 from llmq.engine.cpu import BATCH, Engine
 from llmq.errors import FileFormatError, ResourceError, UsageError
 from llmq.generate import Generation
 from llmq.gguf import GGUF, open_gguf, quoted
 from llmq.jit import compile_log
 from llmq.kernels.kv import F16_KV, KV_FORMATS, KVFormat
+from llmq.machine import default_threads
 from llmq.prompt import Message, build_prompt, prompt_version
 from llmq.sampler import Sampling
 from llmq.store import resolve
@@ -261,9 +263,11 @@ def load(
     """Open a model by name (in the store, or "storyteller") or by the path of a GGUF file.
 
     n_ctx: positions kept (default: the model's own limit, at most 4096 where there is no window to bound the cache).
-    window: sliding window in tokens, 0 for none; default: what the file says. threads: default one per physical core.
+    window: sliding window in tokens, 0 for none; default: what the file says. threads: default one per physical core,
+    fewer where this machine reads memory clearly faster with fewer.
     kv_type: "f16", or "q8_0" for a cache of about half the size (docs/performance.md has what it costs).
-    on_event: told the name of each kernel that has to be compiled.
+    on_event: told the name of each kernel that has to be compiled, and MEASURING (cores.py) before the measurement
+    that the default for threads needs once per machine.
 
     Raises UsageError (no such model, bad number), FileFormatError (damaged), UnsupportedError (cannot be run),
     ResourceError (not enough memory).
@@ -273,10 +277,10 @@ def load(
     check_tensors(gguf, config)
     config = _with_window(config, window)
     n_ctx = _context(config, n_ctx)
-    n_threads = _threads(threads)
     kv = _kv_format(config, kv_type)
     _check_memory(config, n_ctx, kv)
     compile_log.listener = on_event
+    n_threads = default_threads(on_event) if threads is None else _threads(threads)
     return Model(gguf, config, n_ctx, n_threads, kv)
 
 
@@ -301,10 +305,8 @@ def _context(config: ModelConfig, n_ctx: int | None) -> int:
     return n_ctx
 
 
-def _threads(threads: int | None) -> int:
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if threads is None:
-        return max(1, min(psutil.cpu_count(logical=False) or available, available))
+def _threads(threads: int) -> int:
+    available = len(allowed_cpus())
     if not 1 <= threads <= 4 * available:
         raise UsageError(f"{threads} threads; give 1 to {4 * available} (this machine runs {available} at once)")
     return threads

@@ -1,0 +1,96 @@
+"""The processor as this process may use it: physical cores, time quota, cache, name.
+
+Sources: the Linux kernel's documentation of `/sys/devices/system/cpu`, `cpu.max` (cgroup v2), `cpu.cfs_quota_us` (v1).
+"""
+
+import math
+import os
+import platform
+from pathlib import Path
+
+import psutil
+
+# What is told before a machine is measured.
+MEASURING = "measuring this machine"
+
+# Where the system does not say how large its last cache is: more than a laptop has.
+CACHE_BYTES = 32 << 20
+
+
+def allowed_cpus() -> list[int]:
+    """Numbers of the logical processors that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def usable_cores(root: Path = Path("/")) -> int:
+    """Physical cores among the allowed processors, efficient ones too, within the cgroup's quota; at least 1."""
+    cpus = allowed_cpus()
+    threads = [_text(root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") for cpu in cpus]
+    # Processors that share a core name the same siblings.
+    cores = len(set(threads)) if all(threads) else min(psutil.cpu_count(logical=False) or len(cpus), len(cpus))
+    # Threads that the quota cannot keep busy would all stand still together for the rest of each period.
+    return max(1, min(cores, math.floor(cgroup_quota(root) + 0.5) if cgroup_quota(root) < cores else cores))
+
+
+def cgroup_quota(root: Path = Path("/")) -> float:
+    """Processors' worth of time that the cgroup and those above it allow; infinite where there is no limit."""
+    quota = math.inf
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        _number, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if controllers == "":
+            quota = min(quota, *map(_quota_v2, _upwards(root / "sys/fs/cgroup", path)))
+        elif "cpu" in controllers.split(","):
+            quota = min(quota, *map(_quota_v1, _upwards(root / "sys/fs/cgroup" / controllers, path)))
+    return quota
+
+
+def _upwards(top: Path, path: str) -> list[Path]:
+    """The folder of a cgroup and those above it; in a container only `top` may be there."""
+    parts = [part for part in path.split("/") if part and part != ".."]
+    return [top.joinpath(*parts[:n]) for n in range(len(parts), -1, -1)]
+
+
+def _quota_v2(folder: Path) -> float:
+    quota, _, period = _text(folder / "cpu.max").partition(" ")
+    return _share(quota, period)
+
+
+def _quota_v1(folder: Path) -> float:
+    return _share(_text(folder / "cpu.cfs_quota_us"), _text(folder / "cpu.cfs_period_us"))
+
+
+def _share(quota: str, period: str) -> float:
+    if not quota.isdecimal() or not period.isdecimal() or int(quota) == 0 or int(period) == 0:
+        return math.inf
+    return int(quota) / int(period)
+
+
+def last_cache_bytes(root: Path = Path("/")) -> int:
+    """Bytes of all last-level caches of the allowed processors, CACHE_BYTES where the system does not say."""
+    found: dict[str, int] = {}
+    for cpu in allowed_cpus():
+        levels = sorted((root / f"sys/devices/system/cpu/cpu{cpu}/cache").glob("index[0-9]"))
+        size = _text(levels[-1] / "size") if levels else ""
+        if size.endswith("K") and size[:-1].isdecimal():
+            found[_text(levels[-1] / "shared_cpu_list")] = int(size[:-1]) << 10
+    return sum(found.values()) or CACHE_BYTES
+
+
+def cpu_name(root: Path = Path("/")) -> str:
+    """The model of the processor in its maker's words, as far as the system tells."""
+    for line in _text(root / "proc/cpuinfo").splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() == "model name":
+            return " ".join(value.split())
+    return platform.processor() or platform.machine()
+
+
+def _text(path: Path) -> str:
+    """What a file of the system says, "" where there is none."""
+    try:
+        return path.read_text("utf-8", "replace").strip()
+    except OSError:
+        return ""
