@@ -43,11 +43,17 @@ _compile_lock = threading.Lock()
 
 
 class CompileLog:
-    """Who is told when a kernel has to be compiled, and how long compiling took so far (seconds)."""
+    """Who is told when a kernel has to be compiled, how many were, and how long that took so far (seconds)."""
 
     def __init__(self) -> None:
+        self.count = 0
         self.seconds = 0.0
         self.listener: Callable[[str], None] | None = None
+
+    def tell(self, name: str) -> None:
+        self.count += 1
+        if self.listener:
+            self.listener(name)
 
 
 compile_log = CompileLog()
@@ -73,6 +79,15 @@ class Kernel:
                 if self._address is None:
                     self._address = self._load() or self._compile()
         return self._address
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it can be called without compiling; loads it if it is in the cache."""
+        if self._address is None:
+            with _compile_lock:
+                if self._address is None:
+                    self._address = self._load()
+        return self._address is not None
 
     def prepare(self) -> None:
         """Compile it, or load it, now: so that no later call takes longer than its work."""
@@ -105,8 +120,7 @@ class Kernel:
         return self._library.get_pointer_to_function(symbol)
 
     def _compile(self) -> int:
-        if compile_log.listener:
-            compile_log.listener(self.name)
+        compile_log.tell(self.name)
         start = time.perf_counter()
         cfunc = self._cfunc()
         compile_log.seconds += time.perf_counter() - start

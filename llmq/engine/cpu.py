@@ -6,9 +6,10 @@ import numpy as np
 
 from llmq.cache import KVRing
 from llmq.config import ModelConfig
+from llmq.engine.compilers import compile_together
 from llmq.engine.forward import forward
 from llmq.engine.job import JOB, PHASE_BYTES, PHASES_BESIDES, PHASES_PER_LAYER
-from llmq.engine.plan import Plan, make_plan
+from llmq.engine.plan import Plan, make_plan, matrix_formats
 from llmq.gguf import GGUF
 from llmq.kernels.activation import GROUP_BYTES
 from llmq.kernels.attention import HEAD_DIM_LIMIT, PART, PART_STATE, QUERIES, SCRATCH_BYTES, attend_kernel
@@ -38,6 +39,7 @@ class Engine:
     ) -> None:
         assert config.head_dim <= HEAD_DIM_LIMIT, config.head_dim
         self.config, self.batch, self.n_threads = config, batch, n_threads
+        compile_together(matrix_formats(gguf), gguf.tensors["token_embd.weight"].format, kv)
         self.plan: Plan = make_plan(gguf, config)
         self._layer_bytes = self.plan.layer_bytes
         self._rows = 0

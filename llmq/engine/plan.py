@@ -80,6 +80,14 @@ class Plan:
         return sum(info.n_bytes for name, info in self.gguf.tensors.items() if name.startswith("blk.0."))
 
 
+def matrix_formats(gguf: GGUF) -> list[Format]:
+    """The formats of the matrices in a file; norms and routers are read as they are."""
+    matrices = [
+        info for name, info in gguf.tensors.items() if len(info.shape) > 1 and not name.endswith("ffn_gate_inp.weight")
+    ]
+    return list(dict.fromkeys(info.format for info in matrices))
+
+
 def make_plan(gguf: GGUF, config: ModelConfig) -> Plan:
     """Look every tensor up; compiles (or loads) the kernels of the formats in the file."""
     layers = np.zeros(config.n_layers, LAYER)
