@@ -12,6 +12,7 @@ import typer
 from typer.exceptions import TyperException
 from typer.main import get_command
 
+from cli.bench import bench
 from cli.chat import chat
 from cli.models import list_models, rm, show
 from cli.quantize import quantize
@@ -38,6 +39,7 @@ app.command()(quantize)
 app.command("list")(list_models)
 app.command()(show)
 app.command()(rm)
+app.command()(bench)
 
 
 def print_version(wanted: bool) -> None:

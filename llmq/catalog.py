@@ -28,6 +28,7 @@ class CatalogEntry:
     context_length: int
     window: int
     n_experts: int
+    n_experts_used: int
 
     @property
     def n_weights(self) -> int:

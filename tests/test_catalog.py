@@ -33,3 +33,4 @@ def test_windows_and_experts() -> None:
     by_name = {entry.name: entry for entry in catalog()}
     assert [name for name, entry in by_name.items() if entry.window] == ["mistral-7b-v0.1"]
     assert [name for name, entry in by_name.items() if entry.n_experts == 8] == ["mixtral-8x7b", "mixtral-8x22b"]
+    assert all(entry.n_experts_used == (2 if entry.n_experts else 0) for entry in by_name.values())

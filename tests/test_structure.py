@@ -35,6 +35,7 @@ RANKS = {
     "llmq.draft": 7,
     "llmq.generate": 10,
     "llmq.model": 11,
+    "llmq.speed": 12,
     "quant": 20,
     "cli": 30,
 }
