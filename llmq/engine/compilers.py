@@ -21,6 +21,7 @@ from llmq.engine.forward import forward
 from llmq.engine.plan import kernels
 from llmq.formats import FORMATS, Format
 from llmq.jit import Kernel, cache_folder, compile_log
+from llmq.kernels.activation import prepare
 from llmq.kernels.attention import SIZES, attend_kernel
 from llmq.kernels.kv import KV_FORMATS, KVFormat
 from llmq.team import dismiss, lead, serve
@@ -45,7 +46,7 @@ def kernels_of(formats: Sequence[Format], embedding: Format, kv: KVFormat) -> li
         *(one.panel for one in mine),
         *(attend_kernel(n, kv) for n in dict.fromkeys(SIZES)),
         *(one.dot for one in mine),
-        *(kernels(embedding).floats, kv.store),
+        *(prepare, kernels(embedding).floats, kv.store),
         *(serve, lead, dismiss),
     ]
 

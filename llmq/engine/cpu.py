@@ -11,7 +11,7 @@ from llmq.engine.forward import forward
 from llmq.engine.job import JOB, PHASE_BYTES, PHASES_BESIDES, PHASES_PER_LAYER
 from llmq.engine.plan import Plan, make_plan, matrix_formats
 from llmq.gguf import GGUF
-from llmq.kernels.activation import GROUP_BYTES
+from llmq.kernels.activation import GROUP_BYTES, prepare
 from llmq.kernels.attention import HEAD_DIM_LIMIT, PART, PART_STATE, QUERIES, SCRATCH_BYTES, attend_kernel
 from llmq.kernels.dot import FEW, TOGETHER
 from llmq.kernels.kv import F16_KV, KVFormat
@@ -51,7 +51,7 @@ class Engine:
             ("model", self.plan.model.ctypes.data),
             ("phases", self._phases.ctypes.data), ("n_threads", n_threads),
             ("attend_most", attend_kernel(QUERIES, kv).address), ("attend4", attend_kernel(4, kv).address),
-            ("attend1", attend_kernel(1, kv).address), ("store_kv", kv.store.address),
+            ("attend1", attend_kernel(1, kv).address), ("store_kv", kv.store.address), ("prepare", prepare.address),
             ("kv_row_bytes", kv.row_bytes(config.head_dim)),
         ):  # fmt: skip
             self._job[name] = value

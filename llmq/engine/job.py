@@ -4,7 +4,7 @@ import numpy as np
 
 from llmq.engine.plan import LAYER, MODEL
 from llmq.jit import jit
-from llmq.kernels.activation import FLOAT, GROUP_BYTES, K, prepare_group
+from llmq.kernels.activation import FLOAT, GROUP_BYTES, PREPARE_TYPES, K
 from llmq.kernels.dot import DOT_TYPES, FEW
 from llmq.kernels.panel import PANEL_TYPES
 from llmq.simd import ROWS, call, load_f32, record_at, store_f32
@@ -26,14 +26,14 @@ JOB = np.dtype(
             "x", "normed", "act0", "act1", "act2", "q", "k", "v", "attended", "angles", "hidden",
             "chosen", "chosen_weights", "entries", "entry_weights", "starts", "active", "scratch", "scratch_bytes",
             "tile_bytes", "attention_at", "panel_at", "attend_most", "attend4", "attend1", "store_kv", "kv_row_bytes",
-            "parts", "first_part", "n_parts",
+            "parts", "first_part", "n_parts", "prepare",
         )
     ]
 )  # fmt: skip
 
 job_at, layer_at, model_at = record_at(JOB), record_at(LAYER), record_at(MODEL)
 LAYER_BYTES = LAYER.itemsize
-call_dot, call_panel = call(*DOT_TYPES), call(*PANEL_TYPES)
+call_prepare, call_dot, call_panel = call(*PREPARE_TYPES), call(*DOT_TYPES), call(*PANEL_TYPES)
 
 
 @jit
@@ -59,7 +59,7 @@ def prepare_rows(job, kinds, x, n, row, slot, first, count, group_begin, group_e
             base += first * n_groups * size
             for g in range(group_begin, group_end):
                 source = x + 4 * (row * n + 256 * g)
-                prepare_group(base + (g * count + slot) * size, kind, source, min(256, n - 256 * g))
+                call_prepare(job.prepare, base + (g * count + slot) * size, kind, source, min(256, n - 256 * g), 1)
 
 
 @jit

@@ -35,6 +35,9 @@ FLOAT, K, BLOCK = 0, 1, 2
 GROUP_BYTES = (1024, 320, 320)
 SUMS32, SUMS16, VALUES = 16, 32, 64  # offsets in K groups; q lies at VALUES in BLOCK groups too
 
+# out, kind, x, n, n_tokens
+PREPARE_TYPES = (types.int64,) * 5
+
 
 @jit
 def largest(x, n):
@@ -104,7 +107,7 @@ def prepare_group(out, kind, x, n):
         quantize_block(out, source)
 
 
-@kernel(types.int64, types.int64, types.int64, types.int64, types.int64, name="prepare")
+@kernel(*PREPARE_TYPES, name="prepare")
 def prepare(out, kind, x, n, n_tokens):
     """Rows x [n_tokens][n] of floats to groups [ceil(n / 256)][n_tokens] of `kind` at `out`."""
     size = 1024 if kind == FLOAT else 320
