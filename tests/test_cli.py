@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from cli import screen
 from cli.commands import COMMANDS
 from cli.main import execute, os_error_line
+from cli.reply import figures
 from llmq import __version__
 
 ROOT = Path(__file__).parents[1]
@@ -141,6 +142,13 @@ def test_json_is_one_object_with_the_text_untouched(fake, capsys) -> None:
     assert reply["stop_reason"] == "eos"
     assert reply["model"] == "storyteller"
     assert reply["stats"]["tokens"] == 2
+
+
+def test_figures_tell_what_lookup_guessed() -> None:
+    generation = cli_fake.Generation(iter(()), "eos", 5)
+    assert "lookup" not in figures(generation, 64)
+    generation.stats.drafted, generation.stats.accepted = 30, 24
+    assert " tok/s, lookup 24/30; prompt" in figures(generation, 64)
 
 
 @pytest.mark.parametrize(("reason", "said"), [("length", "cut after 1024"), ("context", "64 tokens is full")])

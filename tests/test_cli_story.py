@@ -51,6 +51,15 @@ def test_a_seed_repeats_a_reply_and_another_changes_it() -> None:
     assert first == again != other
 
 
+def test_lookup_changes_the_time_alone() -> None:
+    text = "Once upon a time there was a cat. " * 6
+    options = ("run", "--raw", "--json", "--seed", "1", "--temp", "0.3", "-n", "60", text)
+    plain, guessed = (json.loads(llmq(*options, *lookup).stdout) for lookup in ((), ("--lookup",)))
+    assert guessed["text"] == plain["text"]
+    assert guessed["stats"]["drafted"] >= guessed["stats"]["accepted"] > 0
+    assert plain["stats"]["drafted"] == 0
+
+
 def test_a_stop_text_ends_the_reply() -> None:
     assert "time" not in llmq("run", "--temp", "0", "--stop", "time", PROMPT).stdout
 

@@ -70,6 +70,16 @@ def test_greedy_replies_are_the_same(tiny_model: Tiny, name: str) -> None:
     assert drafted >= accepted > 0
 
 
+@pytest.mark.parametrize("kv_type", ["f16", "q8_0"])
+def test_greedy_replies_are_the_same_far_into_a_context(tiny_model: Tiny, kv_type: str) -> None:
+    file = tiny_model(**MODELS["Q4_K"])[0]
+    with load(file, kv_type=kv_type, threads=2) as plain, load(file, kv_type=kv_type, threads=2) as guessing:
+        prompt = repetitive(0, 1500)
+        expected = said(plain, prompt, False, max_tokens=150)
+        assert said(guessing, prompt, True, max_tokens=150) == expected
+        assert guessing._ids == plain._ids
+
+
 @pytest.mark.parametrize("name", ["window", "Q4_K", "experts"])
 def test_sampled_replies_are_the_same_for_a_seed(tiny_model: Tiny, name: str) -> None:
     file = tiny_model(**MODELS[name])[0]
