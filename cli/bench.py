@@ -86,7 +86,7 @@ def measure(model: str, threads: int | None) -> Bench:
     from llmq.simd import ISA
     from llmq.speed import measure_layer, measure_model
 
-    with options.open_model(model, options.Engine(None, None, threads)) as loaded:
+    with options.open_model(model, options.Engine(None, None, threads, "f16")) as loaded:
         kernels = Kernels(compile_log.count, compile_log.seconds, cache_folder() is not None)
         show_measuring("this machine")
         machine = measure_and_remember(usable_cores(), None)
