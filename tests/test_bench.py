@@ -92,7 +92,7 @@ def test_a_task_leaves_the_context_as_it_was(kind: str, small: Path) -> None:
     assert engine.length == 20
     assert found["speed"] > 0
     assert ("of_one" in found) == (kind == "batch")
-    np.testing.assert_allclose(engine.model.read([5]), expected, atol=0.02)
+    np.testing.assert_allclose(engine.model.read([5])[0], expected, atol=0.02)
     engine.model.close()
 
 
