@@ -31,7 +31,7 @@ def logits_of_all(folder: Path) -> dict[str, np.ndarray]:
         with load(path, threads=2) as model:
             ids = np.random.default_rng(0).integers(3, 512, 40).tolist()
             rows = [model.logits(ids[:30]), *(model.logits(ids[:n], all_positions=False) for n in (31, 35, 40))]
-            found[path.stem] = np.concatenate([*rows, model.read(ids[:1])[None]])
+            found[path.stem] = np.concatenate([*rows, model.read(ids[:1])])
     return found
 
 
