@@ -31,7 +31,7 @@ def usable_cores(root: Path = Path("/")) -> int:
     # Processors that share a core name the same siblings.
     cores = len(set(threads)) if all(threads) else min(psutil.cpu_count(logical=False) or len(cpus), len(cpus))
     # Threads that the quota cannot keep busy would all stand still together for the rest of each period.
-    return max(1, min(cores, math.floor(cgroup_quota(root) + 0.5) if cgroup_quota(root) < cores else cores))
+    return max(1, math.floor(min(cores, cgroup_quota(root)) + 0.5))
 
 
 def cgroup_quota(root: Path = Path("/")) -> float:
