@@ -11,8 +11,9 @@ is stopped, so that threads which wait by spinning take nothing from it. A plain
 them: what decode reads for a token, as a share of what memory gives, stands beside its speed.
 
 llama.cpp copies the weights of some formats into another order when it loads them, which is its default and helps
-decoding; --no-repack leaves them as they are, which helps some of its prefills. Work of other processes on the same
-processors is measured too, and shown where it is more than a little.
+decoding; --rival-settings plain leaves them as they are, which helps some of its prefills. no-flash turns off its flash
+attention, which does not always help on processors. Work of other processes on the same processors is measured too, and
+shown where it is more than a little.
 
 --fills FOLDER keeps deep contexts in files for the next run; --rounds 0 only makes them. --isa compiles llmq for a
 narrower instruction set, and --rival-python runs llama.cpp from another environment, built for the same. --json OUT
@@ -82,7 +83,7 @@ class Worker:
         self.kind = kind
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.process = subprocess.Popen(
-            [*command, str(options.window), "repack" if options.repack else "plain", options.fills],
+            [*command, str(options.window), options.fills, *options.rival_settings],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, env=environment,
         )  # fmt: skip
         self.about = self._answer()
@@ -189,7 +190,13 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     deepest = max(wanted.depth + wanted.n for wanted in options.tasks)
     n_ctx = -(-deepest // 256) * 256
     pythons = {"llmq": sys.executable, "llama.cpp": options.rival_python}
-    report: dict[str, Any] = {**machine_facts(), **model_facts(options.model), "engines": {}, "tasks": []}
+    report: dict[str, Any] = {
+        **machine_facts(),
+        **model_facts(options.model),
+        "isa": options.isa,
+        "engines": {},
+        "tasks": [],
+    }
     for threads in options.threads:
         workers = [Worker(kind, pythons[kind], options, threads, n_ctx) for kind in options.engines]
         report["engines"] = {worker.kind: worker.about for worker in workers}
@@ -212,7 +219,7 @@ def main() -> None:
     parser.add_argument("--engines", nargs="+", choices=("llmq", "llama.cpp"), default=["llmq", "llama.cpp"])
     parser.add_argument("--isa", choices=TARGETS)
     parser.add_argument("--rival-python", default=sys.executable)
-    parser.add_argument("--no-repack", dest="repack", action="store_false")
+    parser.add_argument("--rival-settings", nargs="+", choices=("plain", "no-flash"), default=[])
     parser.add_argument("--window", type=int, default=0)
     parser.add_argument("--fills", default="")
     parser.add_argument("--json", type=Path)

@@ -41,8 +41,10 @@ def notes(report: dict[str, Any], task: dict[str, Any]) -> str:
     if task["kind"] == "batch":
         times = (statistics.median(answer["of_one"] for answer in task["rounds"][engine]) for engine in engines)
         found.append(" and ".join(f"{x:.2f}" for x in times) + " times one token")
-    if not report["engines"].get("llama.cpp", {}).get("repacked", True):
-        found.append("not repacked")
+    if report["isa"]:
+        found.append(f"{report['isa']} only")
+    if settings := report["engines"].get("llama.cpp", {}).get("settings"):
+        found.append(f"llama.cpp {' '.join(settings)}")
     elsewhere = max(task["rounds"]["elsewhere"])
     if elsewhere > DOUBTFUL:
         found.append(f"up to {elsewhere:.0%} of the processors taken by others")

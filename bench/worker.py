@@ -22,7 +22,7 @@ FILL_WORTH_KEEPING = 1024
 
 
 class Llmq:
-    def __init__(self, path: str, n_threads: int, n_ctx: int, window: int, repack: bool) -> None:  # noqa: ARG002
+    def __init__(self, path: str, n_threads: int, n_ctx: int, window: int, settings: set[str]) -> None:  # noqa: ARG002
         import llvmlite
         import numba
 
@@ -73,20 +73,21 @@ class Llmq:
 
 
 class LlamaCpp:
-    def __init__(self, path: str, n_threads: int, n_ctx: int, window: int, repack: bool) -> None:  # noqa: ARG002
+    def __init__(self, path: str, n_threads: int, n_ctx: int, window: int, settings: set[str]) -> None:  # noqa: ARG002
         import llama_cpp
 
         self.lib = llama_cpp
         llama_cpp.llama_backend_init()
         loading = llama_cpp.llama_model_default_params()
-        loading.use_extra_bufts = repack
+        loading.use_extra_bufts = "plain" not in settings
         model = llama_cpp.llama_model_load_from_file(path.encode(), loading)
-        settings = llama_cpp.llama_context_default_params()
-        settings.n_ctx, settings.n_batch, settings.n_ubatch = n_ctx, BATCH, BATCH
-        settings.n_threads = settings.n_threads_batch = n_threads
-        settings.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
-        settings.no_perf = True
-        self.context = llama_cpp.llama_init_from_model(model, settings)
+        running = llama_cpp.llama_context_default_params()
+        running.n_ctx, running.n_batch, running.n_ubatch = n_ctx, BATCH, BATCH
+        running.n_threads = running.n_threads_batch = n_threads
+        flash = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        running.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED if "no-flash" in settings else flash
+        running.no_perf = True
+        self.context = llama_cpp.llama_init_from_model(model, running)
         self.memory = llama_cpp.llama_get_memory(self.context)
         self.n_vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
         self.length = 0
@@ -99,8 +100,8 @@ class LlamaCpp:
         for i in range(BATCH):
             self.batch.seq_id[i][0] = 0
         self.about = {"llama-cpp-python": llama_cpp.__version__, **self._versions()}
-        self.layout = json.dumps(self.about)
-        self.about["repacked"] = repack
+        self.layout = json.dumps([self.about, "no-flash" in settings])
+        self.about["settings"] = sorted(settings)
 
     def _versions(self) -> dict[str, Any]:
         shared = self.lib.llama_cpp._lib
@@ -203,8 +204,8 @@ def measure(engine: Any, task: dict[str, Any], ids: list[int]) -> dict[str, floa
 
 
 def main() -> None:
-    kind, path, n_threads, n_ctx, window, repack, folder = sys.argv[1:]
-    engine = ENGINES[kind](path, int(n_threads), int(n_ctx), int(window), repack == "repack")
+    kind, path, n_threads, n_ctx, window, folder, *settings = sys.argv[1:]
+    engine = ENGINES[kind](path, int(n_threads), int(n_ctx), int(window), set(settings))
     ids = np.random.default_rng(SEED).integers(3, engine.n_vocab, int(n_ctx)).tolist()
     answer = engine.about
     while True:

@@ -72,7 +72,7 @@ def test_a_kept_context_is_the_one_that_was_read(small: Path, tmp_path: Path, mo
     ids = np.random.default_rng(1).integers(3, 1000, 40).tolist()
     logits = []
     for turn in range(2):
-        engine = worker.Llmq(str(small), 1, 64, 0, True)
+        engine = worker.Llmq(str(small), 1, 64, 0, set())
         kept = worker.kept_at(engine, small, str(tmp_path), 32)
         assert kept.exists() == bool(turn)
         worker.fill(engine, ids[:32], kept)
@@ -85,7 +85,7 @@ def test_a_kept_context_is_the_one_that_was_read(small: Path, tmp_path: Path, mo
 @pytest.mark.parametrize("kind", ["prefill", "decode", "batch"])
 def test_a_task_leaves_the_context_as_it_was(kind: str, small: Path) -> None:
     ids = np.random.default_rng(2).integers(3, 1000, 40).tolist()
-    engine = worker.Llmq(str(small), 1, 64, 0, True)
+    engine = worker.Llmq(str(small), 1, 64, 0, set())
     expected = engine.model.logits([*ids[:20], 5], all_positions=False)[0]
     worker.fill(engine, ids[:20], None)
     found = worker.measure(engine, {"kind": kind, "n": 4, "depth": 20, "seconds": 0.01}, ids)
