@@ -9,9 +9,11 @@ import contextlib
 import ctypes
 import hashlib
 import os
+import platform
 import re
 import stat
 import struct
+import sys
 import tempfile
 import threading
 import time
@@ -21,7 +23,9 @@ from typing import Any
 
 import llvmlite
 import numba
+from llvmlite import binding
 from numba import njit, types
+from numba.core import config
 from numba.core.ccallback import CFunc
 from numba.core.registry import cpu_target
 from platformdirs import user_cache_path
@@ -38,8 +42,29 @@ STAMP = re.compile("[0-9a-f]{20}")
 INNER: dict[str, Any] = {"forceinline": True, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 jit: Any = njit(nogil=True, **INNER, **OPTIONS)
 
+# Linux on Arm: features, the word of the auxiliary vector (AT_HWCAP, AT_HWCAP2) and the bit that tell of them.
+ARM_HWCAPS = (("dotprod", 16, 20), ("i8mm", 26, 13))
+
 _CTYPES: dict[Any, Any] = {types.int64: ctypes.c_int64, types.float32: ctypes.c_float}
 _compile_lock = threading.Lock()
+
+
+def name_arm_features() -> None:
+    """Tell Numba, before it first compiles, of byte products that LLVM may not know the processor has.
+
+    LLVM looks an Arm processor's features up by its part number, which a virtual machine on a Mac does not show.
+    """
+    settings: Any = config
+    if sys.platform != "linux" or platform.machine() != "aarch64" or settings.CPU_FEATURES is not None:
+        return
+    word = ctypes.CDLL(None).getauxval
+    word.argtypes, word.restype = [ctypes.c_ulong], ctypes.c_ulong
+    known = binding.get_host_cpu_features().flatten().split(",")
+    found = [f"+{name}" for name, at, bit in ARM_HWCAPS if word(at) >> bit & 1]
+    settings.CPU_FEATURES = ",".join(filter(None, known + found))
+
+
+name_arm_features()
 
 
 class CompileLog:

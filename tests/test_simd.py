@@ -10,7 +10,10 @@ from numba import types
 
 from llmq.jit import jit, kernel
 from llmq.simd import (
+    BIAS,
     ROWS,
+    SIGNED,
+    TOKENS,
     abs_f32x16,
     add_lanes_f32x4,
     add_lanes_f32x8,
@@ -88,11 +91,13 @@ from llmq.simd import (
     strip_fma_scaled2,
     strip_i32,
     strip_load,
+    strip_settle,
     strip_store,
     tile_store,
     transpose_i32,
     twice_high,
     twice_low,
+    weave_i32,
     where_between,
     widen_u64x2,
     zero_i32x4,
@@ -150,54 +155,71 @@ def test_word_dot() -> None:
     assert out[0] == sum(int(a) * int(b) for a, b in zip(x, y, strict=True))
 
 
+@jit
+def weave(woven, rows):
+    """16 rows of 64 bytes as one part of a strip's weights."""
+    tile_store(woven, 4 * ROWS, weave_i32((
+        load_i32x16(rows), load_i32x16(rows + 64), load_i32x16(rows + 128), load_i32x16(rows + 192),
+        load_i32x16(rows + 256), load_i32x16(rows + 320), load_i32x16(rows + 384), load_i32x16(rows + 448),
+        load_i32x16(rows + 512), load_i32x16(rows + 576), load_i32x16(rows + 640), load_i32x16(rows + 704),
+        load_i32x16(rows + 768), load_i32x16(rows + 832), load_i32x16(rows + 896), load_i32x16(rows + 960),
+    )))  # fmt: skip
+
+
 def strips_of(top: int) -> Any:
     """A kernel of everything that a strip does with integers, for weights of up to `top`."""
-    dot, scaled = strip_dot32(top), [strip_add_scaled(n, min(top, 63)) for n in (32, 16)]
+    dot, add_scaled32, add_scaled16 = strip_dot32(top), *(strip_add_scaled(n, min(top, 63)) for n in (32, 16))
+    line = 4 * ROWS
 
-    first, second = scaled
+    def run_strips(out, woven, rows, pairs, scales, x):
+        for r in range(0, ROWS, 16):
+            weave(woven + 4 * r, rows + 64 * r)
+        strip_store(out, dot(strip_i32(TOKENS), woven, x, 128))
+        start = strip_dot_pair(strip_i32(TOKENS), pairs, x, 128)
+        strip_store(out + TOKENS * line, start)
+        strip_store(out + 2 * TOKENS * line, dot(start, woven, x, 128))
+        total = add_scaled16(strip_i32(TOKENS), woven, x, scales, 128)
+        strip_store(out + 3 * TOKENS * line, strip_settle(total))
+        total = add_scaled16(total, woven + 4 * line, x + 16, scales + line, 128)
+        total = add_scaled32(total, woven + 8 * line, x + 32, scales, 128)
+        strip_store(out + 4 * TOKENS * line, strip_settle(total))
 
-    def run_strips(out, w, pairs, scales, x):
-        line = 4 * ROWS * 3
-        strip_store(out, dot(strip_i32(3), w, x, 128))
-        start = strip_dot_pair(strip_i32(3), pairs, x, 128)
-        strip_store(out + line, start)
-        strip_store(out + 2 * line, first(start, w, x, scales, 128))
-        strip_store(out + 3 * line, second(start, w, x, scales, 128))
-
-    return kernel(*(types.int64,) * 5, name=f"strips_{top}")(run_strips)
+    return kernel(*(types.int64,) * 6, name=f"strips_{top}")(run_strips)
 
 
 @pytest.mark.parametrize("top", [15, 31, 63, 127, 255])
 @pytest.mark.parametrize("largest", [False, True])
 def test_strips(top: int, largest: bool) -> None:
-    """32 or 16 weights of a strip's rows against the bytes of three tokens; words [8][ROWS][4] as a panel has them.
+    """64 weights of a strip's rows against the bytes of a tile's tokens.
 
     With all at their largest, sums in 16 bits are as near their end as they may get.
     """
     rng = np.random.default_rng(top)
-    w, pairs = aligned((8, ROWS, 4), np.uint8), aligned((ROWS, 2), np.int16)
-    scales, x, out = aligned((ROWS,), np.int32), aligned((3, 128), np.int8), aligned((4, 3, ROWS), np.int32)
-    w[:] = top if largest else rng.integers(0, top + 1, w.shape)
+    rows, woven, pairs = aligned((ROWS, 64), np.uint8), aligned((16, ROWS, 4), np.uint8), aligned((ROWS, 2), np.int16)
+    scales, x, out = aligned((2, ROWS), np.int32), aligned((TOKENS, 128), np.int8), aligned((5, TOKENS, ROWS), np.int32)
+    rows[:] = top if largest else rng.integers(0, top + 1, rows.shape)
     x[:] = -127 if largest else rng.integers(-127, 128, x.shape)
-    pairs[:], scales[:] = rng.integers(-64, 64, pairs.shape), -128 if largest else rng.integers(-128, 128, ROWS)
-    strips_of(top)(*map(address, (out, w, pairs, scales, x)))
-    rows, tokens = w.swapaxes(0, 1).reshape(ROWS, 32).astype(np.int64), x.astype(np.int64)
+    pairs[:], scales[:] = rng.integers(-64, 64, pairs.shape), -128 if largest else rng.integers(-128, 128, scales.shape)
+    strips_of(top)(*map(address, (out, woven, rows, pairs, scales, x)))
+    u, tokens = (rows.view(np.int8) if SIGNED else rows).astype(np.int64), x.astype(np.int64)
+    one, two, three, four = (tokens[:, i : i + 16] @ u[:, i : i + 16].T for i in range(0, 64, 16))
     first = x[:, :4].copy().view(np.int16).astype(np.int64) @ pairs.T.astype(np.int64)
-    np.testing.assert_array_equal(out[0], tokens[:, :32] @ rows.T)
+    np.testing.assert_array_equal(out[0], one + two)
     np.testing.assert_array_equal(out[1], first)
+    np.testing.assert_array_equal(out[2], first + one + two)
     if top < 64:
-        np.testing.assert_array_equal(out[2], first + tokens[:, :32] @ rows.T * scales)
-        np.testing.assert_array_equal(out[3], first + tokens[:, :16] @ rows[:, :16].T * scales)
+        np.testing.assert_array_equal(out[3], one * scales[0])
+        np.testing.assert_array_equal(out[4], (one + three + four) * scales[0] + two * scales[1])
 
 
 @compiled
 def run_strip_floats(out, start, sums, other, rows, x):
     acc, first, second = (
-        strip_load(strip_f32(3), start),
-        strip_load(strip_i32(3), sums),
-        strip_load(strip_i32(3), other),
+        strip_load(strip_f32(TOKENS), start),
+        strip_load(strip_i32(TOKENS), sums),
+        strip_load(strip_i32(TOKENS), other),
     )
-    line = 4 * ROWS * 3
+    line = 4 * ROWS * TOKENS
     strip_store(out, strip_fma(acc, rows, x, 128))
     strip_store(out + line, strip_fma_scaled(acc, first, rows, x, 128))
     strip_store(out + 2 * line, strip_fma_scaled2(acc, first, second, rows, x, 128))
@@ -205,8 +227,16 @@ def run_strip_floats(out, start, sums, other, rows, x):
 
 def test_strips_of_floats() -> None:
     rng = np.random.default_rng(6)
-    out, rows, x = aligned((3, 3, ROWS), np.float32), aligned((2, ROWS), np.float32), aligned((3, 32), np.float32)
-    start, sums, other = aligned((3, ROWS), np.float32), aligned((3, ROWS), np.int32), aligned((3, ROWS), np.int32)
+    out, rows, x = (
+        aligned((3, TOKENS, ROWS), np.float32),
+        aligned((2, ROWS), np.float32),
+        aligned((TOKENS, 32), np.float32),
+    )
+    start, sums, other = (
+        aligned((TOKENS, ROWS), np.float32),
+        aligned((TOKENS, ROWS), np.int32),
+        aligned((TOKENS, ROWS), np.int32),
+    )
     for array in (start, rows, x):
         array[:] = rng.standard_normal(array.shape)
     sums[:], other[:] = rng.integers(-1000, 1000, sums.shape), rng.integers(-1000, 1000, sums.shape)
@@ -416,7 +446,7 @@ def test_grids() -> None:
     expected = (start + x * w[[0, 2, 4], None, None]) * w[:3, None, None]
     np.testing.assert_allclose(out[:3], expected, rtol=1e-5, atol=1e-6)
     q = words[:3].view(np.int8).reshape(3, 1, 1, 4).astype(np.int64)
-    dots = sums[:, None, None] + ((keys.astype(np.int64) + 128) * q).sum(axis=3)
+    dots = sums[:, None, None] + ((keys.astype(np.int64) + BIAS) * q).sum(axis=3)
     np.testing.assert_allclose(out[3:6], dots * x * w[:3, None, None], rtol=1e-5)
     np.testing.assert_array_equal(out[6], halves.astype(np.float32))
     values = (blocks["q"] * blocks["d"].astype(np.float32)[:, None]).reshape(4, 16)

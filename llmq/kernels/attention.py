@@ -14,6 +14,7 @@ from numba import types
 from llmq.jit import Kernel, jit, kernel
 from llmq.kernels.kv import F16_KV, KEYS_BLOCK, KVFormat, quantize32
 from llmq.simd import (
+    BIAS,
     ISA,
     add_lanes_f32x16,
     add_lanes_i32x16,
@@ -95,7 +96,7 @@ def _q8_0_steps(n: int, wide: int) -> tuple[Any, ...]:
     def put_query(words, q, source, head_dim, scale):
         """Query `q` as bytes [head_dim / 4][n][4], then for each 32 of them f32 scales [n] and i32 starts [n].
 
-        Keys are taken as unsigned bytes, 128 too high: a sum starts at -128 times the sum of the query's bytes.
+        Keys are taken BIAS too high: a sum starts at -BIAS times the sum of the query's bytes.
         """
         values, bytes_ = stack(128), stack(32)
         for g in range(head_dim >> 5):
@@ -106,7 +107,7 @@ def _q8_0_steps(n: int, wide: int) -> tuple[Any, ...]:
             for word in range(8):
                 store_i32(words + 4 * (n * (8 * g + word) + q), load_i32(bytes_ + 4 * word))
             total = sum_of_bytes(bytes_) + sum_of_bytes(bytes_ + 16)
-            store_i32(factors + 4 * (n + q), np.int32(-128) * total)
+            store_i32(factors + 4 * (n + q), np.int32(-BIAS) * total)
 
     @jit
     def score(words, at, head_dim):

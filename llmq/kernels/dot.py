@@ -11,9 +11,10 @@ from numba import types
 
 from llmq.jit import Kernel, jit, kernel
 from llmq.kernels.activation import BLOCK, FLOAT, GROUP_BYTES, SUMS16, SUMS32, VALUES, K
-from llmq.kernels.unpack import GROUP, BlockFormat, FloatFormat, KFormat, group_bytes
+from llmq.kernels.unpack import GROUP, BlockFormat, FloatFormat, KFormat, group_bytes, is_signed, product_lanes
 from llmq.simd import (
     ROWS,
+    SIGNED,
     clear_bytes,
     copy_bytes,
     dot_i16x8,
@@ -39,7 +40,8 @@ from llmq.simd import (
     tile_add_product8,
     tile_add_product16,
     tile_add_scaled,
-    tile_dot_scaled,
+    tile_dot_scaled16,
+    tile_dot_scaled32,
     tile_dot_u7,
     tile_dot_u8,
     tile_f32,
@@ -104,7 +106,7 @@ def _k32_row(unpack: KFormat, size: int) -> Any:
 
 def _k32_rows(unpack: KFormat, size: int, n: int) -> Any:
     """d * sum(scale * (u . q)) - dm * sum(min * sum(q)), in integers within a group; 32 weights to a scale."""
-    if n == 1:
+    if n == 1 and not SIGNED:  # registers of 16 bytes have one scale each, so that no shuffle spreads it
         return _k32_row(unpack, size)
     lanes, scales, words, factors = unpack.lanes, unpack.scales, unpack.words, unpack.factors
 
@@ -114,10 +116,10 @@ def _k32_rows(unpack: KFormat, size: int, n: int) -> Any:
             prefetch(w + ahead, size)
             d, dm = factors(w)
             scale, mins = scales(w), i16x8_of_bytes(words(w)[1])
-            sums = tile_dot_scaled(tile_i32(n), lanes(w, 0), spread(scale, 0), x + VALUES, K_STEP)
-            sums = tile_dot_scaled(sums, lanes(w, 1), spread(scale, 1), x + VALUES + 64, K_STEP)
-            sums = tile_dot_scaled(sums, lanes(w, 2), spread(scale, 2), x + VALUES + 128, K_STEP)
-            sums = tile_dot_scaled(sums, lanes(w, 3), spread(scale, 3), x + VALUES + 192, K_STEP)
+            sums = tile_dot_scaled32(tile_i32(n), lanes(w, 0), spread(scale, 0), x + VALUES, K_STEP)
+            sums = tile_dot_scaled32(sums, lanes(w, 1), spread(scale, 1), x + VALUES + 64, K_STEP)
+            sums = tile_dot_scaled32(sums, lanes(w, 2), spread(scale, 2), x + VALUES + 128, K_STEP)
+            sums = tile_dot_scaled32(sums, lanes(w, 3), spread(scale, 3), x + VALUES + 192, K_STEP)
             acc = tile_add_scaled(acc, sums, d, x, K_STEP)
             below = tile_add_mins(below, mins, x + SUMS32, -dm, x, K_STEP)
             w += size
@@ -131,7 +133,8 @@ def _k_rows(unpack: KFormat, size: int, n: int) -> Any:
     """The same with 16 weights to a scale."""
     if unpack.halves:
         return _k32_rows(unpack, size, n)
-    lanes, scales, mins, factors = unpack.lanes, unpack.scales, unpack.mins, unpack.factors
+    lanes, scales, mins, factors = product_lanes(unpack), unpack.scales, unpack.mins, unpack.factors
+    signed = is_signed(unpack)
 
     @jit
     def rows(acc, below, w, x, x_stride, n_groups, ahead):
@@ -139,12 +142,13 @@ def _k_rows(unpack: KFormat, size: int, n: int) -> Any:
             prefetch(w + ahead, size)
             d, dm = factors(w)
             scale = scales(w)
-            sums = tile_dot_scaled(tile_i32(n), lanes(w, 0), spread(scale, 0), x + VALUES, K_STEP)
-            sums = tile_dot_scaled(sums, lanes(w, 1), spread(scale, 1), x + VALUES + 64, K_STEP)
-            sums = tile_dot_scaled(sums, lanes(w, 2), spread(scale, 2), x + VALUES + 128, K_STEP)
-            sums = tile_dot_scaled(sums, lanes(w, 3), spread(scale, 3), x + VALUES + 192, K_STEP)
+            sums = tile_dot_scaled16(tile_i32(n), lanes(w, 0), spread(scale, 0), x + VALUES, K_STEP)
+            sums = tile_dot_scaled16(sums, lanes(w, 1), spread(scale, 1), x + VALUES + 64, K_STEP)
+            sums = tile_dot_scaled16(sums, lanes(w, 2), spread(scale, 2), x + VALUES + 128, K_STEP)
+            sums = tile_dot_scaled16(sums, lanes(w, 3), spread(scale, 3), x + VALUES + 192, K_STEP)
             acc = tile_add_scaled(acc, sums, d, x, K_STEP)
-            below = tile_add_mins(below, mins(w), x + SUMS16, -dm, x, K_STEP)
+            if not signed:
+                below = tile_add_mins(below, mins(w), x + SUMS16, -dm, x, K_STEP)
             w += size
             x += x_stride
         return acc, below
@@ -154,8 +158,8 @@ def _k_rows(unpack: KFormat, size: int, n: int) -> Any:
 
 def _block_rows(unpack: BlockFormat, size: int, n: int) -> Any:
     """Per block d * dx * (u . q) + c * dx * sum(q)."""
-    lanes, factors = unpack.lanes, unpack.factors8
-    dot = tile_dot_u8 if unpack.top > 127 else tile_dot_u7
+    lanes, factors, signed = product_lanes(unpack), unpack.factors8, is_signed(unpack)
+    dot = tile_dot_u8 if unpack.top > 127 and not signed else tile_dot_u7
 
     @jit
     def rows(acc, offset, w, x, x_stride, n_groups, ahead):
@@ -166,7 +170,8 @@ def _block_rows(unpack: BlockFormat, size: int, n: int) -> Any:
             acc = tile_add_blocks(acc, dot(tile_i32(n), lanes(w, 1), x + VALUES + 64, BLOCK_STEP), d, 1, x, BLOCK_STEP)
             acc = tile_add_blocks(acc, dot(tile_i32(n), lanes(w, 2), x + VALUES + 128, BLOCK_STEP), d, 2, x, BLOCK_STEP)
             acc = tile_add_blocks(acc, dot(tile_i32(n), lanes(w, 3), x + VALUES + 192, BLOCK_STEP), d, 3, x, BLOCK_STEP)
-            offset = tile_add_product8(offset, c, x + 32, BLOCK_STEP)
+            if not signed:
+                offset = tile_add_product8(offset, c, x + 32, BLOCK_STEP)
             w += size
             x += x_stride
         return acc, offset

@@ -19,7 +19,7 @@ from numba import types
 
 from llmq.jit import Kernel, jit, kernel
 from llmq.kernels.activation import BLOCK, FLOAT, GROUP_BYTES, SUMS16, SUMS32, VALUES, K
-from llmq.kernels.unpack import BlockFormat, FloatFormat, KFormat, group_bytes
+from llmq.kernels.unpack import BlockFormat, FloatFormat, KFormat, group_bytes, is_signed, product_lanes
 from llmq.simd import (
     ROWS,
     TOKENS,
@@ -41,10 +41,12 @@ from llmq.simd import (
     strip_fma_scaled2,
     strip_i32,
     strip_load,
+    strip_settle,
     strip_store,
     tile_store,
     transpose_f32,
     transpose_i32,
+    weave_i32,
 )
 
 LINE = 4 * ROWS  # bytes of one word of each row
@@ -87,7 +89,7 @@ def _sixteen(value: Callable[..., Any]) -> Any:
 
 
 def _pack_lanes(lanes: Callable[..., Any]) -> Any:
-    """Bytes of 16 rows x 256 weights, in vectors of 16 rows x 4 weights."""
+    """Bytes of 16 rows x 256 weights, in vectors of 16 rows x 4 weights (on Arm of 4 rows x 16 weights)."""
 
     @jit
     def words(w, j):
@@ -100,13 +102,13 @@ def _pack_lanes(lanes: Callable[..., Any]) -> Any:
         for first in range(0, ROWS, 16):
             at, n = sixteen_from(w, row_bytes, n_rows, first)
             for j in range(4):
-                tile_store(panel + 4 * first + 16 * LINE * j, LINE, transpose_i32(sixteen(at, row_bytes, n, j)))
+                tile_store(panel + 4 * first + 16 * LINE * j, LINE, weave_i32(sixteen(at, row_bytes, n, j)))
 
     return pack
 
 
 def _k_pack(unpack: KFormat) -> Any:
-    pack_lanes, factors, scales, mins = _pack_lanes(unpack.lanes), unpack.factors, unpack.scales, unpack.mins
+    pack_lanes, factors, scales, mins = _pack_lanes(product_lanes(unpack)), unpack.factors, unpack.scales, unpack.mins
     # Scales and mins are held per 16 weights; formats with 32 to a scale repeat each, and every second one is kept.
     step, n_pairs = (2, 4) if unpack.sub == 32 else (1, 8)
     low16 = np.int32(0xFFFF)
@@ -150,6 +152,7 @@ def _k_pack(unpack: KFormat) -> Any:
 def _k_tile(unpack: KFormat) -> Any:
     add_scaled, n_subs = strip_add_scaled(unpack.sub, unpack.top), 256 // unpack.sub
     n_pairs, sums, span = n_subs // 2, SUMS32 if unpack.sub == 32 else SUMS16, unpack.sub
+    signed = is_signed(unpack)
 
     @jit
     def tile(out, panel, x):
@@ -157,18 +160,21 @@ def _k_tile(unpack: KFormat) -> Any:
         for s in range(n_subs):
             w, scales = panel + span // 4 * LINE * s, panel + SCALES + LINE * s
             total = add_scaled(total, w, x + VALUES + span * s, scales, K_STEP)
-        below = strip_i32(TOKENS)
-        for p in range(n_pairs):
-            below = strip_dot_pair(below, panel + MINS + LINE * p, x + sums + 4 * p, K_STEP)
-        acc = strip_load(strip_f32(TOKENS), out)
-        acc = strip_fma_scaled2(acc, total, below, panel + FACTORS, x, K_STEP)
+        total, acc = strip_settle(total), strip_load(strip_f32(TOKENS), out)
+        if signed:
+            acc = strip_fma_scaled(acc, total, panel + FACTORS, x, K_STEP)
+        else:
+            below = strip_i32(TOKENS)
+            for p in range(n_pairs):
+                below = strip_dot_pair(below, panel + MINS + LINE * p, x + sums + 4 * p, K_STEP)
+            acc = strip_fma_scaled2(acc, total, below, panel + FACTORS, x, K_STEP)
         strip_store(out, acc)
 
     return tile
 
 
 def _block_pack(unpack: BlockFormat) -> Any:
-    pack_lanes, factors, block = _pack_lanes(unpack.lanes), unpack.factors, unpack.format.block_bytes
+    pack_lanes, factors, block = _pack_lanes(product_lanes(unpack)), unpack.factors, unpack.format.block_bytes
 
     @jit
     def pack(panel, w, row_bytes, n_rows):
@@ -184,7 +190,7 @@ def _block_pack(unpack: BlockFormat) -> Any:
 
 
 def _block_tile(unpack: BlockFormat) -> Any:
-    dot = strip_dot32(unpack.top)
+    dot, signed = strip_dot32(unpack.top), is_signed(unpack)
 
     @jit
     def tile(out, panel, x):
@@ -192,7 +198,8 @@ def _block_tile(unpack: BlockFormat) -> Any:
         for s in range(8):
             sums = dot(strip_i32(TOKENS), panel + 8 * LINE * s, x + VALUES + 32 * s, BLOCK_STEP)
             acc = strip_fma_scaled(acc, sums, panel + SCALES + LINE * s, x + 4 * s, BLOCK_STEP)
-            acc = strip_fma(acc, panel + SCALES + LINE * (8 + s), x + 32 + 4 * s, BLOCK_STEP)
+            if not signed:
+                acc = strip_fma(acc, panel + SCALES + LINE * (8 + s), x + 32 + 4 * s, BLOCK_STEP)
         strip_store(out, acc)
 
     return tile

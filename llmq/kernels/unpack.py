@@ -17,6 +17,7 @@ import numpy as np
 from llmq.formats import BF16, F16, F32, Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K, Q6_K, Q8_0, Format
 from llmq.jit import jit
 from llmq.simd import (
+    SIGNED,
     bits_u8x32,
     f32_of_bf16x16,
     gather_f16x8,
@@ -62,6 +63,7 @@ class KFormat:
     factors: Callable[..., Any]  # (w) -> d, dm
     halves: Callable[..., Any] | None = None  # (w, j) -> u8x32, u8x32
     words: Callable[..., Any] | None = None  # (w) -> u64, u64
+    centre: int = 0  # not 0: mins and factors say x = d * scale * (u - centre)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,7 @@ class BlockFormat:
 
     format: Format
     top: int  # the largest lane
+    centre: int  # not 0: x = d * (u - centre)
     lanes: Callable[..., Any]  # (w, j) -> u8x64
     factors: Callable[..., Any]  # (address of one block) -> d, c
     factors8: Callable[..., Any]  # (w) -> f32x8, f32x8: d and c of the group's blocks
@@ -219,7 +222,7 @@ def centred(fmt: Format, top: int, lanes: Callable[..., Any], centre: int) -> Bl
         d = gather_f16x8(w, step)
         return d, d * splat_f32x8(offset)
 
-    return BlockFormat(fmt, top, lanes, factors, factors8)
+    return BlockFormat(fmt, top, centre, lanes, factors, factors8)
 
 
 def with_minimum(fmt: Format, top: int, lanes: Callable[..., Any]) -> BlockFormat:
@@ -234,7 +237,7 @@ def with_minimum(fmt: Format, top: int, lanes: Callable[..., Any]) -> BlockForma
     def factors8(w):
         return gather_f16x8(w, step), gather_f16x8(w + 2, step)
 
-    return BlockFormat(fmt, top, lanes, factors, factors8)
+    return BlockFormat(fmt, top, 0, lanes, factors, factors8)
 
 
 @jit
@@ -257,7 +260,7 @@ UNPACK: dict[int, KFormat | BlockFormat | FloatFormat] = {
     for unpack in (
         KFormat(Q4_K, 32, 15, q4_k_lanes, k45_scales, k45_mins, k45_factors, q4_k_halves, k45_words),
         KFormat(Q5_K, 32, 31, q5_k_lanes, k45_scales, k45_mins, k45_factors, q5_k_halves, k45_words),
-        KFormat(Q6_K, 16, 63, q6_k_lanes, q6_k_scales, q6_k_mins, q6_k_factors),
+        KFormat(Q6_K, 16, 63, q6_k_lanes, q6_k_scales, q6_k_mins, q6_k_factors, centre=32),
         centred(Q8_0, 255, q8_0_lanes, 128),
         centred(Q4_0, 15, q4_0_lanes, 8),
         with_minimum(Q4_1, 15, q4_1_lanes),
@@ -268,6 +271,24 @@ UNPACK: dict[int, KFormat | BlockFormat | FloatFormat] = {
         FloatFormat(BF16, bf16_lanes),
     )
 }
+
+
+def is_signed(unpack: KFormat | BlockFormat) -> bool:
+    """Whether products take lanes as signed bytes about their centre, which need no offset."""
+    return bool(SIGNED and unpack.centre)
+
+
+def product_lanes(unpack: KFormat | BlockFormat) -> Callable[..., Any]:
+    """Lanes as products take them."""
+    if not is_signed(unpack):
+        return unpack.lanes
+    lanes, centre = unpack.lanes, np.uint8(unpack.centre)
+
+    @jit
+    def signed(w, j):
+        return lanes(w, j) - splat_u8x64(centre)
+
+    return signed
 
 
 def group_bytes(fmt: Format) -> int:

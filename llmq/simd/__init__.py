@@ -73,6 +73,7 @@ from llmq.simd.calls import call, pause, prefetch, record_at, stack
 from llmq.simd.dot import dot_i16x8, dot_i16x16, dot_u7s8, dot_u7s8_half, dot_u7s8_scaled, dot_u8s8
 from llmq.simd.exp import exp_f32x16
 from llmq.simd.grid import (
+    BIAS,
     grid_add_scaled,
     grid_dot,
     grid_f32,
@@ -99,6 +100,7 @@ from llmq.simd.strip import (
     strip_fma_scaled2,
     strip_i32,
     strip_load,
+    strip_settle,
     strip_store,
 )
 from llmq.simd.tile import (
@@ -107,7 +109,8 @@ from llmq.simd.tile import (
     tile_add_product8,
     tile_add_product16,
     tile_add_scaled,
-    tile_dot_scaled,
+    tile_dot_scaled16,
+    tile_dot_scaled32,
     tile_dot_u7,
     tile_dot_u8,
     tile_f32,
@@ -131,6 +134,7 @@ from llmq.simd.unpack import (
     transpose_i32,
     twice_high,
     twice_low,
+    weave_i32,
     widen_u64x2,
 )
-from llmq.simd.vector import ADDRESS, F16, F32, I64, ISA, f32x16, i8x16, i16x16, ll, pointer, splat, u8x64
+from llmq.simd.vector import ADDRESS, F16, F32, I64, ISA, SIGNED, f32x16, i8x16, i16x16, ll, pointer, splat, u8x64

@@ -4,11 +4,14 @@ from typing import Any
 
 from llvmlite import ir
 
+import llmq.simd.arm as arm
 from llmq.simd.vector import (
     ADDRESS,
     I16,
     I32,
     ISA,
+    NEON,
+    SPREAD,
     call_intrinsic,
     concat,
     const,
@@ -59,14 +62,10 @@ def _dot_vnni(b: Any, acc: Any, u: Any, s: Any) -> Any:
     return concat(b, [call_intrinsic(b, name, i32, *piece) for piece in pieces])
 
 
-def _dot_neon(b: Any, acc: Any, u: Any, s: Any) -> Any:
-    i32 = ir.VectorType(I32, 4)
-    pieces = zip(slices(b, acc, 4), slices(b, u, 4), slices(b, s, 4), strict=True)
-    return concat(b, [call_intrinsic(b, "llvm.aarch64.neon.sdot.v4i32.v16i8", i32, *piece) for piece in pieces])
-
-
 def dot_small(b: Any, acc: Any, u: Any, s: Any) -> Any:
-    build = {"avx512vnni": _dot_vnni, "avxvnni": _dot_vnni, "avx2": _dot_avx2, "neon": _dot_neon}.get(ISA, _dot_wide)
+    if NEON:
+        return arm.dot(b, acc, u, s)
+    build = {"avx512vnni": _dot_vnni, "avxvnni": _dot_vnni, "avx2": _dot_avx2}.get(ISA, _dot_wide)
     return build(b, acc, u, s)
 
 
@@ -75,21 +74,20 @@ def dot_full(b: Any, acc: Any, u: Any, s: Any) -> Any:
     if ISA == "avx2":
         # 255 * 127 * 2 overflows 16 bits: u = 2 * (u >> 1) + (u & 1)
         return _dot_avx2(b, _dot_avx2(b, acc, b.lshr(u, one), s, doubled=True), b.and_(u, one), s)
-    if ISA == "neon":
-        # sdot is signed on both sides: u = (u - 128) + 2 * 64
-        low = _dot_neon(b, acc, b.xor(u, const(ll(u8x64), [128] * 64)), s)
-        offset = const(ll(u8x64), [64] * 64)
-        return _dot_neon(b, _dot_neon(b, low, offset, s), offset, s)
+    if NEON:
+        # u = (u - 128) + 2 * 64
+        low, offset = b.xor(u, const(ll(u8x64), [128] * 64)), const(ll(u8x64), [64] * 64)
+        return arm.dot(b, arm.dot(b, arm.dot(b, acc, low, s), offset, s), offset, s)
     return dot_small(b, acc, u, s)
 
 
-# acc[i] += u[4i]*s[4i] + ... + u[4i+3]*s[4i+3]; u below 128, or any byte
+# acc[i] += u[4i]*s[4i] + ... + u[4i+3]*s[4i+3]; u below 128 (where SIGNED any signed byte), or any byte
 dot_u7s8 = op(dot_small, i32x16, i32x16, u8x64, i8x64)
 dot_u8s8 = op(dot_full, i32x16, i32x16, u8x64, i8x64)
 
 
 def dot_i16(b: Any, acc: Any, x: Any, y: Any) -> Any:
-    """acc[i] += x[2i]*y[2i] + x[2i+1]*y[2i+1]."""
+    """acc[i] += x[2i]*y[2i] + x[2i+1]*y[2i+1]; on Arm in other lanes, so that only the total is promised."""
     n = x.type.count
     i32 = ir.VectorType(I32, n // 2)
     if ISA == "avx512vnni" and n == 32:
@@ -101,6 +99,8 @@ def dot_i16(b: Any, acc: Any, x: Any, y: Any) -> Any:
         pieces = zip(slices(b, x, parts), slices(b, y, parts), strict=True)
         half = ir.VectorType(I32, 8)
         return b.add(acc, concat(b, [call_intrinsic(b, "llvm.x86.avx2.pmadd.wd", half, *piece) for piece in pieces]))
+    if NEON:
+        return arm.dot_i16(b, acc, x, y)
     products = b.mul(b.sext(x, ir.VectorType(I32, n)), b.sext(y, ir.VectorType(I32, n)))
     even, odd = (shuffle(b, products, products, range(k, n, 2)) for k in (0, 1))
     return b.add(acc, b.add(even, odd))
@@ -125,12 +125,14 @@ def dot_scaled(b: Any, acc: Any, u: Any, s: Any, scales: Any) -> Any:
     """
     if ISA in ("avx512vnni", "avxvnni", "avx2"):
         return dot_i16(b, acc, multiply_pairs(b, u, s), scales)
+    if NEON:
+        return arm.dot_scaled(b, acc, u, s, scales)
     wide = b.sext(shuffle(b, scales, scales, range(0, 32, 2)), ll(i32x16))
     return b.add(acc, b.mul(dot_small(b, const(ll(i32x16), [0] * 16), u, s), wide))
 
 
 # u below 128
-dot_u7s8_scaled = op(dot_scaled, i32x16, i32x16, u8x64, i8x64, i16x32)
+dot_u7s8_scaled = op(dot_scaled, i32x16, i32x16, u8x64, i8x64, SPREAD)
 
 
 def _dot_scaled_half(b: Any, acc: Any, u: Any, s: Any, at: Any) -> Any:
@@ -139,6 +141,9 @@ def _dot_scaled_half(b: Any, acc: Any, u: Any, s: Any, at: Any) -> Any:
     Broadcast from memory the scale costs no shuffle, which is what the wider form is short of.
     """
     scales = b.bitcast(splat(b, b.load(pointer(b, at, I32), align=4), 8), ll(i16x16))
+    if NEON:
+        wide = b.sext(shuffle(b, scales, scales, range(0, 16, 2)), ll(i32x8))
+        return arm.dot_scaled(b, acc, u, s, wide)
     if ISA in ("avx512vnni", "avxvnni", "avx2"):
         pairs = call_intrinsic(b, "llvm.x86.avx2.pmadd.ub.sw", ll(i16x16), u, s)
     else:

@@ -11,7 +11,7 @@ from numba import types
 from numba.core.typing.templates import signature
 from numba.extending import intrinsic
 
-from llmq.simd.dot import dot_full
+from llmq.simd.dot import dot_full, dot_small
 from llmq.simd.half import widen
 from llmq.simd.vector import (
     ADDRESS,
@@ -19,6 +19,7 @@ from llmq.simd.vector import (
     I16,
     I32,
     I64,
+    SIGNED,
     Vec,
     call_intrinsic,
     const,
@@ -80,8 +81,9 @@ def _load_each(vec: Vec, build: Any) -> Any:
 
 
 load_f16_each = _load_each(f32x16, lambda b, at: widen(b, _load(b, at, ll(u16x16))))
-# signed bytes, each plus 128
-load_i8_each = _load_each(u8x64, lambda b, at: b.xor(_load(b, at, ll(u8x64)), const(ll(u8x64), [128] * 64)))
+# Signed bytes, each plus BIAS, as products of bytes want them.
+BIAS = 0 if SIGNED else 128
+load_i8_each = _load_each(u8x64, lambda b, at: b.xor(_load(b, at, ll(u8x64)), const(ll(u8x64), [BIAS] * 64)))
 
 
 def _load_row(build: Any) -> Any:
@@ -153,13 +155,14 @@ def grid_start(typingctx: Any, vectors: Any, n: Any, words: Any) -> Any:  # noqa
 
 @intrinsic
 def grid_dot(typingctx: Any, grid: Any, vectors: Any, words: Any) -> Any:  # noqa: ARG001
-    """grid[u][q] += unsigned bytes of vectors[u] . the four signed bytes `q` at `words`, by fours."""
+    """grid[u][q] += bytes of vectors[u] (signed where SIGNED) . the four signed bytes `q` at `words`, by fours."""
 
     def codegen(context: Any, b: Any, sig: Any, values: Any) -> Any:
         n = grid.count // vectors.count
         xs = _items(b, values[1], vectors.count)
         ws = [b.bitcast(splat(b, _load(b, _at(b, values[2], 4 * q), I32), 16), ll(i8x64)) for q in range(n)]
-        items = [dot_full(b, a, xs[k // n], ws[k % n]) for k, a in enumerate(_items(b, values[0], grid.count))]
+        dot = dot_small if SIGNED else dot_full
+        items = [dot(b, a, xs[k // n], ws[k % n]) for k, a in enumerate(_items(b, values[0], grid.count))]
         return context.make_tuple(b, sig.return_type, items)
 
     return signature(grid, grid, vectors, ADDRESS), codegen

@@ -1,8 +1,9 @@
 """A strip of rows times a few tokens, in registers: the inner step of a matrix product.
 
 A strip value is a tuple of vectors, 16 rows each: rows 0..15 of token 0, rows 16..31 of token 0, then token 1. Weights
-lie as vectors of 16 rows x 4 weights, the vectors of one word of four weights side by side; a token's word of four
-activations is broadcast from memory. Tokens lie `step` bytes apart, a constant, so that addresses need no arithmetic.
+lie as vectors of 16 rows x 4 weights, the vectors of one word of four weights side by side (on Arm as `weave_i32` has
+them); a token's word of four activations is broadcast from memory. Tokens lie `step` bytes apart, a constant, so that
+addresses need no arithmetic.
 """
 
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from numba import types
 from numba.core.typing.templates import signature
 from numba.extending import intrinsic
 
+import llmq.simd.arm as arm
 from llmq.simd.dot import dot_full, dot_i16, dot_small, multiply_pairs
 from llmq.simd.vector import (
     ADDRESS,
@@ -20,6 +22,7 @@ from llmq.simd.vector import (
     I32,
     I64,
     ISA,
+    NEON,
     Vec,
     call_intrinsic,
     const,
@@ -102,6 +105,9 @@ def _dot_words(dot: Callable[..., Any], n: int) -> Callable[..., list[Any]]:
     """Sums of 4 * n products: weight vectors at `w`, activations at `x`."""
 
     def build(b: Any, sums: list[Any], w: Any, x: Any, step: int) -> list[Any]:
+        if NEON:
+            added = arm.strip_products(b, len(sums), w, x, step, n // 4)
+            return [b.add(s, product) for s, product in zip(sums, added, strict=True)]
         for k in range(n):
             weights = _vectors(b, _at(b, w, 64 * VECTORS * k), ll(u8x64))
             for token in range(len(sums) // VECTORS):
@@ -151,6 +157,8 @@ def strip_add_scaled(n_weights: int, top: int) -> Any:
     words, runs = _dot_words(dot_small, n_weights // 4), _dot_runs(n_weights // 4, top)
 
     def build(b: Any, totals: list[Any], w: Any, x: Any, scales: Any, step: int) -> list[Any]:
+        if NEON:
+            return arm.add_scaled(b, totals, w, x, scales, step, n_weights // 16)
         factors = _vectors(b, scales, ll(i32x16))
         if ISA != "avx2":
             sums = words(b, [ir.Constant(ll(i32x16), None)] * len(totals), w, x, step)
@@ -164,7 +172,10 @@ def strip_add_scaled(n_weights: int, top: int) -> Any:
 
 
 def strip_dot32(top: int) -> Any:
-    """An intrinsic: sums, weights, activations, step -> sums + weights . activations, of 32 weights of up to `top`."""
+    """An intrinsic: sums, weights, activations, step -> sums + weights . activations, of 32 weights of up to `top`.
+
+    Where SIGNED, weights are any signed bytes.
+    """
     words, runs = _dot_words(dot_full if top > 127 else dot_small, 8), _dot_runs(8, min(top, 127))
 
     def build(b: Any, sums: list[Any], w: Any, x: Any, step: int) -> list[Any]:
@@ -178,8 +189,21 @@ def strip_dot32(top: int) -> Any:
     return _strip_op(build, 4)
 
 
+@intrinsic
+def strip_settle(typingctx: Any, strip: Any) -> Any:  # noqa: ARG001
+    """Totals of `strip_add_scaled` with rows as lanes; until then their order is the processor's own."""
+
+    def codegen(context: Any, b: Any, sig: Any, values: Any) -> Any:
+        totals = [b.extract_value(values[0], i) for i in range(strip.count)]
+        return context.make_tuple(b, sig.return_type, arm.settle(b, totals) if NEON else totals)
+
+    return signature(strip, strip), codegen
+
+
 def _dot_pairs(b: Any, sums: list[Any], pairs: Any, x: Any, step: int) -> list[Any]:
     rows = _vectors(b, pairs, ll(i16x32))
+    if NEON:
+        return [arm.dot_pair(b, s, rows[0], _at(b, x, t * step)) for t, s in enumerate(sums)]
     words = [b.bitcast(_word(b, x, t, step, I32), ll(i16x32)) for t in range(len(sums) // VECTORS)]
     return [dot_i16(b, s, rows[i % VECTORS], words[i // VECTORS]) for i, s in enumerate(sums)]
 

@@ -8,6 +8,7 @@ from numba import types
 from numba.core.typing.templates import signature
 from numba.extending import intrinsic
 
+import llmq.simd.arm as arm
 from llmq.simd.basics import add_lanes
 from llmq.simd.dot import dot_full, dot_i16, dot_scaled, dot_small
 from llmq.simd.vector import (
@@ -15,13 +16,14 @@ from llmq.simd.vector import (
     F32,
     I32,
     I64,
+    NEON,
+    SPREAD,
     Vec,
     call_intrinsic,
     f32x4,
     f32x8,
     f32x16,
     i8x64,
-    i16x32,
     i32x16,
     intrinsic_of,
     literal,
@@ -81,17 +83,23 @@ def _dot(dot: Callable[..., Any]) -> Callable[..., Any]:
     return build
 
 
-# acc[i] += lanes . (the 64 bytes at `at + i * stride`); lanes below 128, or any byte
+# acc[i] += lanes . (the 64 bytes at `at + i * stride`); lanes below 128 (where SIGNED any signed byte), or any
 tile_dot_u7 = _each(_dot(dot_small), (u8x64, ADDRESS, ADDRESS))
 tile_dot_u8 = _each(_dot(dot_full), (u8x64, ADDRESS, ADDRESS))
 
 
-def _dot_scaled(b: Any, i: int, acc: Any, lanes: Any, scales: Any, at: Any, stride: Any) -> Any:
-    return dot_scaled(b, acc, lanes, _vector(b, at, stride, i, ll(i8x64)), scales)
+def _dot_scaled(span: int) -> Callable[..., Any]:
+    def build(b: Any, i: int, acc: Any, lanes: Any, scales: Any, at: Any, stride: Any) -> Any:
+        x = _vector(b, at, stride, i, ll(i8x64))
+        return arm.sum_scaled(b, acc, lanes, x, scales, span) if NEON else dot_scaled(b, acc, lanes, x, scales)
+
+    return build
 
 
-# acc[i] += scale * (lanes . (the 64 bytes at `at + i * stride`)); lanes below 128, a scale for two of them
-tile_dot_scaled = _each(_dot_scaled, (u8x64, i16x32, ADDRESS, ADDRESS))
+# acc[i] += scale * (lanes . (the 64 bytes at `at + i * stride`)), in whatever lanes; lanes below 128 (where SIGNED any
+# signed byte), scales as `spread` has them, one for 32 or 16 weights
+tile_dot_scaled32 = _each(_dot_scaled(32), (u8x64, SPREAD, ADDRESS, ADDRESS))
+tile_dot_scaled16 = _each(_dot_scaled(16), (u8x64, SPREAD, ADDRESS, ADDRESS))
 
 
 def _fold(b: Any, x: Any, n: int) -> Any:
@@ -152,6 +160,9 @@ def tile_add_blocks(ctx: Any, tile: Any, sums: Any, d: Any, part: Any, at: Any, 
         items = []
         for i in range(tile.count):
             scaled = b.fmul(scales, _vector(b, base, step, i, ll(f32x8)))
+            if NEON:
+                items.append(arm.add_blocks(b, b.extract_value(acc, i), b.extract_value(parts, i), scaled, 2 * first))
+                continue
             factor = shuffle(b, scaled, scaled, [2 * first + lane // 8 for lane in range(16)])
             product = b.sitofp(b.extract_value(parts, i), ll(f32x16))
             items.append(call_intrinsic(b, "llvm.fma.v16f32", ll(f32x16), product, factor, b.extract_value(acc, i)))

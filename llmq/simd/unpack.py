@@ -5,15 +5,17 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 
+import llmq.simd.arm as arm
 from llmq.simd.vector import (
     I8,
     I32,
     I64,
+    NEON,
+    SPREAD,
     const,
     f32x16,
     i16x8,
     i16x16,
-    i16x32,
     i32x8,
     i32x16,
     ll,
@@ -53,6 +55,11 @@ shifted_bits = op(_shifted_bits, u8x64, u8x32, *[types.uint8] * 4)
 
 def _bits32(b: Any, word: Any) -> Any:
     """32 bits to 32 lanes of 0 or 1, lane i from bit i."""
+    if NEON:
+        four = b.bitcast(word, ir.VectorType(I8, 4))
+        bits = const(ll(u8x32), [1 << i % 8 for i in range(32)])
+        there = b.and_(shuffle(b, four, four, [i // 8 for i in range(32)]), bits)
+        return b.zext(b.icmp_unsigned("!=", there, const(ll(u8x32), [0] * 32)), ll(u8x32))
     bits = b.bitcast(word, ir.VectorType(ir.IntType(1), 32))
     return b.zext(bits, ll(u8x32))
 
@@ -61,8 +68,9 @@ bits_u8x32 = op(_bits32, u8x32, types.uint32)
 
 
 def _spread(b: Any, scales: Any, j: Any) -> Any:
-    """i16 lanes 8i to 8i+7 of part `j` (0..3) take scale 4j + i: 16 weights, two to a lane."""
-    parts = [shuffle(b, scales, scales, [4 * part + lane // 8 for lane in range(32)]) for part in range(4)]
+    """Quarter i of part `j` (0..3) takes scale 4j + i, that of its 16 weights."""
+    scales, quarter = arm.widen(b, scales) if NEON else scales, SPREAD.n // 4
+    parts = [shuffle(b, scales, scales, [4 * part + lane // quarter for lane in range(SPREAD.n)]) for part in range(4)]
     picked = parts[3]
     for part in (2, 1, 0):
         picked = b.select(b.icmp_signed("==", j, ir.Constant(j.type, part)), parts[part], picked)
@@ -70,7 +78,7 @@ def _spread(b: Any, scales: Any, j: Any) -> Any:
 
 
 # i16x16 scales of 16 weights each, and which 64 weights (a literal, so that the choice folds away)
-spread = op(_spread, i16x32, i16x16, types.int64)
+spread = op(_spread, SPREAD, i16x16, types.int64)
 
 
 def _widen_bytes(b: Any, low: Any, high: Any) -> Any:
@@ -117,6 +125,16 @@ def _transpose(b: Any, rows: Any) -> Any:
     return rows
 
 
+def _weave(b: Any, rows: Any) -> Any:
+    """Sixteen rows of 64 bytes to the order in which a strip's products read them: by columns, but on Arm."""
+    if not NEON:
+        return _transpose(b, rows)
+    for i, words in enumerate(arm.weave(b, [b.extract_value(rows, i) for i in range(16)])):
+        rows = b.insert_value(rows, words, i)
+    return rows
+
+
+weave_i32 = op(_weave, types.UniTuple(i32x16, 16), types.UniTuple(i32x16, 16))
 transpose_i32 = op(_transpose, types.UniTuple(i32x16, 16), types.UniTuple(i32x16, 16))
 transpose_f32 = op(_transpose, types.UniTuple(f32x16, 16), types.UniTuple(f32x16, 16))
 

@@ -11,6 +11,7 @@ from numba.core.typing.templates import signature
 from numba.extending import intrinsic, models, register_model
 
 from llmq.jit import codegen_target
+from llmq.simd.target import instruction_set
 
 I8, I16, I32, I64, F16, F32 = (
     ir.IntType(8),
@@ -29,22 +30,10 @@ _LL = {
 ADDRESS = types.int64
 
 
-def _detect() -> str:
-    triple, _name, features = codegen_target()
-    have = set(features.split(","))
-    if triple.startswith(("aarch64", "arm64")):
-        return "neon" if "+dotprod" in have else "generic"
-    for isa, needed in (
-        ("avx512vnni", {"+avx512vnni", "+avx512bw", "+avx512vl"}),
-        ("avxvnni", {"+avxvnni", "+avx2", "+f16c", "+fma"}),
-        ("avx2", {"+avx2", "+f16c", "+fma"}),
-    ):
-        if needed <= have:
-            return isa
-    return "generic"
-
-
-ISA = _detect()
+ISA = instruction_set(*codegen_target())
+NEON = ISA in ("neon", "dotprod", "i8mm")
+# Products of bytes are of signed ones on both sides on Arm, of unsigned by signed ones on x86.
+SIGNED = NEON
 
 
 class Vec(types.Type):
@@ -70,6 +59,8 @@ u8x32, u8x16, i8x16 = Vec(types.uint8, 32), Vec(types.uint8, 16), Vec(types.int8
 i16x32, i16x16, u16x16 = Vec(types.int16, 32), Vec(types.int16, 16), Vec(types.uint16, 16)
 i8x32, i16x8, i32x4, f32x4 = Vec(types.int8, 32), Vec(types.int16, 8), Vec(types.int32, 4), Vec(types.float32, 4)
 i32x16, f32x16, f32x8, i32x8 = Vec(types.int32, 16), Vec(types.float32, 16), Vec(types.float32, 8), Vec(types.int32, 8)
+# Scales beside 64 weights: with every pair of products on x86, with every sum of four on Arm.
+SPREAD = i32x16 if NEON else i16x32
 
 
 def pointer(b: Any, address: Any, to: ir.Type) -> Any:
