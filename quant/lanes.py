@@ -83,7 +83,7 @@ def divide_or_zero(x, y):  # type: ignore[no-untyped-def]
 @strict
 def transpose(to, to_stride, x, stride):  # type: ignore[no-untyped-def]
     """16 rows of 16 floats, `stride` bytes apart at address `x`, to 16 columns `to_stride` bytes apart at `to`."""
-    tile_store(to, to_stride, transpose_f32(tile_load(tile_f32(16), x, stride)))
+    tile_store(to, to_stride, transpose_f32(tile_load(tile_f32(16, 16), x, stride)))
 
 
 @strict

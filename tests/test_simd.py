@@ -25,7 +25,6 @@ from llmq.simd import (
     dot_i16x16,
     dot_u7s8,
     dot_u7s8_half,
-    dot_u7s8_scaled,
     dot_u8s8,
     exp_f32x16,
     f32_of_bf16x16,
@@ -71,7 +70,6 @@ from llmq.simd import (
     round_f32x16,
     scale_pairs,
     shifted_bits,
-    spread,
     store_f16,
     store_f16x16,
     store_f32,
@@ -93,6 +91,11 @@ from llmq.simd import (
     strip_load,
     strip_settle,
     strip_store,
+    tile_dot_crossed32,
+    tile_dot_scaled16,
+    tile_dot_scaled32,
+    tile_i32,
+    tile_load,
     tile_store,
     transpose_i32,
     twice_high,
@@ -282,13 +285,15 @@ def test_unpacking() -> None:
     assert out[352:].view(np.int16).tolist() == [b for b in x[8:16].tolist() for _ in range(2)]
 
 
-@compiled
-def run_scaled_dots(out, acc, u, s, scales):
-    for_ = load_i16x16(scales)
-    store_i32x16(out, dot_u7s8_scaled(load_i32x16(acc), load_u8x64(u), load_i8x64(s), spread(for_, 0)))
-    store_i32x16(out + 64, dot_u7s8_scaled(load_i32x16(acc), load_u8x64(u), load_i8x64(s), spread(for_, 1)))
-    store_i32x16(out + 128, dot_u7s8_scaled(load_i32x16(acc), load_u8x64(u), load_i8x64(s), spread(for_, 2)))
-    store_i32x16(out + 192, dot_u7s8_scaled(load_i32x16(acc), load_u8x64(u), load_i8x64(s), spread(for_, 3)))
+def scaled_dots(dot: Any, name: str) -> Any:
+    """A kernel of both halves of a group for two tokens."""
+
+    def run(out, start, u, s, scales):
+        acc, for_ = tile_load(tile_i32(2), start, 64), load_i16x16(scales)
+        tile_store(out, 64, dot(acc, load_u8x64(u), load_u8x64(u + 64), for_, 0, s, 128))
+        tile_store(out + 128, 64, dot(acc, load_u8x64(u), load_u8x64(u + 64), for_, 1, s, 128))
+
+    return kernel(*(types.int64,) * 5, name=f"scaled_dots_{name}")(run)
 
 
 @compiled
@@ -315,20 +320,34 @@ def test_half_dots(extreme: bool) -> None:
     assert out[8:].view(np.float32)[0] == int(mins.astype(int) @ sums.astype(int))
 
 
+# For each 16 of 128 weights, which of a half's eight scales is theirs.
+ORDERS = {
+    "scaled16": (tile_dot_scaled16, range(8)),
+    "scaled32": (tile_dot_scaled32, range(8)),
+    "crossed32": (tile_dot_crossed32, (0, 1, 4, 5, 2, 3, 6, 7)),
+}
+
+
 @pytest.mark.parametrize("extreme", [False, True])
-def test_scaled_dots(extreme: bool) -> None:
-    """Four weights to a sum, sixteen to a scale; 127 * 127 * 2 is the most that 16 bits have to hold."""
+@pytest.mark.parametrize("name", ORDERS)
+def test_scaled_dots(name: str, extreme: bool) -> None:
+    """128 weights of two tokens; of the lanes only the total is promised. Four products of 63 * 127 fit 16 bits."""
+    dot, order = ORDERS[name]
+    if name == "crossed32" and SIGNED:
+        pytest.skip("not used on Arm")
     rng = np.random.default_rng(4)
-    acc = rng.integers(-(2**20), 2**20, 16, dtype=np.int32)
-    u = np.full(64, 127, np.uint8) if extreme else rng.integers(0, 128, 64, dtype=np.uint8)
-    s = np.full(64, -127, np.int8) if extreme else rng.integers(-127, 128, 64, dtype=np.int8)
+    start = rng.integers(-(2**20), 2**20, (2, 16), dtype=np.int32)
+    u = np.full(128, 63, np.uint8) if extreme else rng.integers(0, 64, 128, dtype=np.uint8)
+    s = np.full((2, 128), -127, np.int8) if extreme else rng.integers(-127, 128, (2, 128), dtype=np.int8)
     scales = np.full(16, -128, np.int16) if extreme else rng.integers(-128, 128, 16, dtype=np.int16)
-    out = np.zeros((4, 16), np.int32)
-    run_scaled_dots(address(out), address(acc), address(u), address(s), address(scales))
-    sums = (u.astype(int) * s.astype(int)).reshape(16, 4).sum(axis=1)
-    for j in range(4):
-        expected = [int(acc[lane] + scales[4 * j + lane // 4] * sums[lane]) for lane in range(16)]
-        assert out[j].tolist() == expected
+    if name != "scaled16":
+        scales[1::2] = scales[::2]
+    out = np.zeros((2, 2, 16), np.int32)
+    scaled_dots(dot, name)(*map(address, (out, start, u, s, scales)))
+    for half in (0, 1):
+        each = scales[8 * half :][list(order)].repeat(16).astype(np.int64)
+        expected = start.sum(axis=1, dtype=np.int64) + s @ (u * each)
+        assert out[half].sum(axis=1, dtype=np.int64).tolist() == expected.tolist()
 
 
 @compiled

@@ -13,9 +13,10 @@ from llmq.engine.plan import Plan, make_plan, matrix_formats
 from llmq.gguf import GGUF
 from llmq.kernels.activation import GROUP_BYTES, prepare
 from llmq.kernels.attention import HEAD_DIM_LIMIT, PART, PART_STATE, QUERIES, SCRATCH_BYTES, attend_kernel
-from llmq.kernels.dot import FEW, TOGETHER
+from llmq.kernels.dot import FEW
 from llmq.kernels.kv import F16_KV, KVFormat
 from llmq.kernels.panel import PANEL_BYTES
+from llmq.kernels.rows import FOUR
 from llmq.simd import ROWS, TOKENS
 from llmq.team import Team, aligned
 
@@ -23,7 +24,7 @@ BATCH = 512
 # Weight bytes times rows between two looks at the keyboard: about a third of a second of work on two cores.
 WORK_PER_CALL = 5e10
 # Tokens past the last that a product may read and write: it computes whole tiles.
-SPARE = max(TOKENS, TOGETHER) - 1
+SPARE = max(TOKENS, FOUR) - 1
 
 
 def tile_bytes(n_rows: int) -> int:

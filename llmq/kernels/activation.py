@@ -4,7 +4,7 @@ A product with `n` tokens reads groups in the order [group][token], so that the 
 
   FLOAT   256 x f32                                            1024 bytes   for F32, F16, BF16 weights
   K       f32 d | 12 unused | i16 sums of 32 q [8] | i16 sums of 16 q [16] | i8 q[256]     320 bytes   one scale
-  BLOCK   f32 d[8] | f32 s[8] | i8 q[256]                       320 bytes   one scale per 32; s = d * sum of its q
+  BLOCK   f32 d[8] | i32 sums of 32 q [8] | i8 q[256]           320 bytes   one scale per 32
 """
 
 import numpy as np
@@ -29,11 +29,13 @@ from llmq.simd import (
     store_f32,
     store_i8x16,
     store_i16,
+    store_i32,
 )
 
 FLOAT, K, BLOCK = 0, 1, 2
 GROUP_BYTES = (1024, 320, 320)
 SUMS32, SUMS16, VALUES = 16, 32, 64  # offsets in K groups; q lies at VALUES in BLOCK groups too
+SUMS = 32  # offset in BLOCK groups
 
 # out, kind, x, n, n_tokens
 PREPARE_TYPES = (types.int64,) * 5
@@ -84,11 +86,11 @@ def quantize_block(out, x):
     for i in range(8):
         at = x + 128 * i
         top = largest(at, 32)
-        inverse, d = inverse_scale(top), top / np.float32(127)
+        inverse = inverse_scale(top)
         q = out + VALUES + 32 * i
         total = quantize16(q, at, inverse) + quantize16(q + 16, at + 64, inverse)
-        store_f32(out + 4 * i, d)
-        store_f32(out + 32 + 4 * i, d * np.float32(total))
+        store_f32(out + 4 * i, top / np.float32(127))
+        store_i32(out + SUMS + 4 * i, total)
 
 
 @jit

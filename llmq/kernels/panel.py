@@ -18,7 +18,7 @@ import numpy as np
 from numba import types
 
 from llmq.jit import Kernel, jit, kernel
-from llmq.kernels.activation import BLOCK, FLOAT, GROUP_BYTES, SUMS16, SUMS32, VALUES, K
+from llmq.kernels.activation import BLOCK, FLOAT, GROUP_BYTES, SUMS, SUMS16, SUMS32, VALUES, K
 from llmq.kernels.unpack import BlockFormat, FloatFormat, KFormat, group_bytes, is_signed, product_lanes
 from llmq.simd import (
     ROWS,
@@ -28,6 +28,7 @@ from llmq.simd import (
     copy_bytes,
     i32_of_i16x16,
     load_i32x16,
+    prefetch,
     splat_i32x16,
     stack,
     store_f32,
@@ -37,10 +38,12 @@ from llmq.simd import (
     strip_dot_pair,
     strip_f32,
     strip_fma,
+    strip_fma_offset,
     strip_fma_scaled,
     strip_fma_scaled2,
     strip_i32,
     strip_load,
+    strip_offset,
     strip_settle,
     strip_store,
     tile_store,
@@ -50,6 +53,7 @@ from llmq.simd import (
 )
 
 LINE = 4 * ROWS  # bytes of one word of each row
+TILE = TOKENS * LINE
 SCALES = 64 * LINE
 MINS = SCALES + 16 * LINE
 FACTORS = MINS + 8 * LINE
@@ -190,16 +194,21 @@ def _block_pack(unpack: BlockFormat) -> Any:
 
 
 def _block_tile(unpack: BlockFormat) -> Any:
-    dot, signed = strip_dot32(unpack.top), is_signed(unpack)
+    """Per block d * dx * (u . q) + c * dx * sum(q); with a centre d * dx * (u . q - centre * sum(q))."""
+    dot, start, signed = strip_dot32(unpack.top), strip_offset(unpack.centre), is_signed(unpack)
+    centred = bool(unpack.centre)
 
     @jit
     def tile(out, panel, x):
         acc = strip_load(strip_f32(TOKENS), out)
         for s in range(8):
-            sums = dot(strip_i32(TOKENS), panel + 8 * LINE * s, x + VALUES + 32 * s, BLOCK_STEP)
+            sums = strip_i32(TOKENS)
+            if centred and not signed:
+                sums = start(sums, x + SUMS + 4 * s, BLOCK_STEP)
+            sums = dot(sums, panel + 8 * LINE * s, x + VALUES + 32 * s, BLOCK_STEP)
             acc = strip_fma_scaled(acc, sums, panel + SCALES + LINE * s, x + 4 * s, BLOCK_STEP)
-            if not signed:
-                acc = strip_fma(acc, panel + SCALES + LINE * (8 + s), x + 32 + 4 * s, BLOCK_STEP)
+            if not centred:
+                acc = strip_fma_offset(acc, panel + SCALES + LINE * (8 + s), x + 4 * s, x + SUMS + 4 * s, BLOCK_STEP)
         strip_store(out, acc)
 
     return tile
@@ -252,11 +261,13 @@ def make_panel(unpack: KFormat | BlockFormat | FloatFormat) -> Kernel:
     size = group_bytes(unpack.format)
     make_pack, make_tile, step = MAKERS[type(unpack)]
     pack, tile = make_pack(unpack), make_tile(unpack)
-    padded_bytes = ROWS * size
+    padded_bytes, ahead = ROWS * size, TOKENS * step
 
     @jit
     def sweep(out, panel, x, n_tokens):
         for t in range(0, n_tokens, TOKENS):
+            prefetch(x + (t + TOKENS) * step, ahead)
+            prefetch(out + LINE * (t + TOKENS), TILE)
             tile(out + LINE * t, panel, x + t * step)
 
     def panel_product(out, w, row_bytes, n_rows, x, x_stride, n_tokens, n_groups, tail_bytes, panel):

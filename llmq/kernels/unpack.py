@@ -34,6 +34,7 @@ from llmq.simd import (
     load_u16x16,
     load_u32,
     nibbles_u8x32,
+    pick_bits,
     shifted_bits,
     splat_f32x8,
     splat_u8x32,
@@ -51,7 +52,8 @@ class KFormat:
     """Super-blocks of 256: integer scales and mins under two half-float factors.
 
     Formats with 32 weights to a scale also say how to get at their parts without a shuffle: `halves` are the two halves
-    of `lanes`, and `words` the eight scales and eight mins as bytes.
+    of `lanes`, `words` the eight scales and eight mins as bytes, and `wide` has sub-blocks 4j and 4j + 2 of 32 weights,
+    then 4j + 1 and 4j + 3.
     """
 
     format: Format
@@ -63,6 +65,7 @@ class KFormat:
     factors: Callable[..., Any]  # (w) -> d, dm
     halves: Callable[..., Any] | None = None  # (w, j) -> u8x32, u8x32
     words: Callable[..., Any] | None = None  # (w) -> u64, u64
+    wide: Callable[..., Any] | None = None  # (w, j) -> u8x64, u8x64
     centre: int = 0  # not 0: mins and factors say x = d * scale * (u - centre)
 
 
@@ -135,6 +138,12 @@ def q4_k_lanes(w, j):
 
 
 @jit
+def q4_k_wide(w, j):
+    x = load_u8x64(w + 16 + 64 * j)
+    return x & splat_u8x64(np.uint8(15)), x >> splat_u8x64(np.uint8(4))
+
+
+@jit
 def q5_k_halves(w, j):
     x, fifth = load_u8x32(w + 48 + 32 * j), load_u8x32(w + 16) >> splat_u8x32(np.uint8(2 * j))
     one, two, four = splat_u8x32(np.uint8(1)), splat_u8x32(np.uint8(2)), splat_u8x32(np.uint8(4))
@@ -146,6 +155,18 @@ def q5_k_halves(w, j):
 def q5_k_lanes(w, j):
     low, high = q5_k_halves(w, j)
     return join_u8x32(low, high)
+
+
+@jit
+def q5_k_wide(w, j):
+    """Byte i of the fifth bits has bit s of sub-block s, weight i."""
+    x, fifth = load_u8x64(w + 48 + 64 * j), load_u8x32(w + 16)
+    first = 1 << 4 * j
+    low, high = (
+        pick_bits(fifth, np.uint8(first), np.uint8(4 * first)),
+        pick_bits(fifth, np.uint8(2 * first), np.uint8(8 * first)),
+    )
+    return (x & splat_u8x64(np.uint8(15))) | low, (x >> splat_u8x64(np.uint8(4))) | high
 
 
 @jit
@@ -258,8 +279,8 @@ def bf16_lanes(w):
 UNPACK: dict[int, KFormat | BlockFormat | FloatFormat] = {
     unpack.format.id: unpack
     for unpack in (
-        KFormat(Q4_K, 32, 15, q4_k_lanes, k45_scales, k45_mins, k45_factors, q4_k_halves, k45_words),
-        KFormat(Q5_K, 32, 31, q5_k_lanes, k45_scales, k45_mins, k45_factors, q5_k_halves, k45_words),
+        KFormat(Q4_K, 32, 15, q4_k_lanes, k45_scales, k45_mins, k45_factors, q4_k_halves, k45_words, q4_k_wide),
+        KFormat(Q5_K, 32, 31, q5_k_lanes, k45_scales, k45_mins, k45_factors, q5_k_halves, k45_words, q5_k_wide),
         KFormat(Q6_K, 16, 63, q6_k_lanes, q6_k_scales, q6_k_mins, q6_k_factors, centre=32),
         centred(Q8_0, 255, q8_0_lanes, 128),
         centred(Q4_0, 15, q4_0_lanes, 8),

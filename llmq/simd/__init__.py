@@ -70,7 +70,7 @@ from llmq.simd.basics import (
     zero_i32x8,
 )
 from llmq.simd.calls import call, pause, prefetch, record_at, stack
-from llmq.simd.dot import dot_i16x8, dot_i16x16, dot_u7s8, dot_u7s8_half, dot_u7s8_scaled, dot_u8s8
+from llmq.simd.dot import add_halves, dot_i16x8, dot_i16x16, dot_u7s8, dot_u7s8_half, dot_u8s8
 from llmq.simd.exp import exp_f32x16
 from llmq.simd.grid import (
     BIAS,
@@ -96,30 +96,33 @@ from llmq.simd.strip import (
     strip_dot_pair,
     strip_f32,
     strip_fma,
+    strip_fma_offset,
     strip_fma_scaled,
     strip_fma_scaled2,
     strip_i32,
     strip_load,
+    strip_offset,
     strip_settle,
     strip_store,
 )
 from llmq.simd.tile import (
     tile_add_blocks,
     tile_add_mins,
-    tile_add_product8,
-    tile_add_product16,
+    tile_add_offsets,
+    tile_add_product,
     tile_add_scaled,
+    tile_dot_crossed32,
     tile_dot_scaled16,
     tile_dot_scaled32,
     tile_dot_u7,
     tile_dot_u8,
     tile_f32,
-    tile_f32x4,
-    tile_f32x8,
     tile_i32,
     tile_load,
+    tile_splat,
     tile_store,
     tile_sums,
+    tile_times,
 )
 from llmq.simd.unpack import (
     bits_u8x32,
@@ -127,9 +130,9 @@ from llmq.simd.unpack import (
     join_u8x32,
     nibbles_u8x32,
     pair_f32x16,
+    pick_bits,
     scale_pairs,
     shifted_bits,
-    spread,
     transpose_f32,
     transpose_i32,
     twice_high,

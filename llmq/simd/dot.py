@@ -1,5 +1,6 @@
 """Integer dot products by instruction set."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from llvmlite import ir
@@ -32,6 +33,8 @@ from llmq.simd.vector import (
     u8x32,
     u8x64,
 )
+
+VNNI = ISA in ("avx512vnni", "avxvnni")
 
 
 def _dot_wide(b: Any, acc: Any, u: Any, s: Any) -> Any:
@@ -118,21 +121,56 @@ def multiply_pairs(b: Any, u: Any, s: Any) -> Any:
     return concat(b, [call_intrinsic(b, "llvm.x86.avx2.pmadd.ub.sw", half, *pieces) for pieces in halves])
 
 
-def dot_scaled(b: Any, acc: Any, u: Any, s: Any, scales: Any) -> Any:
+def _dot_scaled(b: Any, acc: Any, u: Any, s: Any, scales: Any) -> Any:
     """acc[i] += scale * (u[4i]*s[4i] + ... + u[4i+3]*s[4i+3]); i16 lanes 2i and 2i+1 both hold the scale.
 
-    On x86 two products of bytes fit 16 bits (127 * 127 * 2), and the step that adds pairs multiplies by the scale too.
+    With AVX2 two products of bytes fit 16 bits (127 * 127 * 2); the step that adds pairs multiplies by the scale too.
     """
-    if ISA in ("avx512vnni", "avxvnni", "avx2"):
+    if ISA == "avx2":
         return dot_i16(b, acc, multiply_pairs(b, u, s), scales)
-    if NEON:
-        return arm.dot_scaled(b, acc, u, s, scales)
     wide = b.sext(shuffle(b, scales, scales, range(0, 32, 2)), ll(i32x16))
     return b.add(acc, b.mul(dot_small(b, const(ll(i32x16), [0] * 16), u, s), wide))
 
 
-# u below 128
-dot_u7s8_scaled = op(dot_scaled, i32x16, i32x16, u8x64, i8x64, SPREAD)
+def _pack(b: Any, x: Any, y: Any) -> Any:
+    """Lanes of two i32x16 as i16: four of x and four of y in turn."""
+    if ISA == "avx512vnni":
+        return call_intrinsic(b, "llvm.x86.avx512.packssdw.512", ll(i16x32), x, y)
+    halves, half = zip(slices(b, x, 2), slices(b, y, 2), strict=True), ir.VectorType(I16, 16)
+    return concat(b, [call_intrinsic(b, "llvm.x86.avx2.packssdw", half, *pieces) for pieces in halves])
+
+
+def _spread(b: Any, scales: Any, order: Sequence[int], width: int) -> Any:
+    """Scales beside lanes: the next of `order` for each `width`."""
+    return shuffle(b, scales, scales, [scale for scale in order for _ in range(width)])
+
+
+def scaled_dot(b: Any, lanes: list[Any], scales: Any, part: int, span: int, crossed: bool) -> Any:
+    """dot(acc, x): acc + scales * (lanes . x) of 128 weights below 64 in two vectors, half `part` of a group.
+
+    With VNNI sums of four products, which fit 16 bits, are packed, so that one multiplication by scales does for both
+    vectors. Of four lanes two then come from each.
+    """
+    order = [8 * part + i for i in ((0, 1, 4, 5, 2, 3, 6, 7) if crossed else range(8))]
+    if VNNI:
+        zero = ir.Constant(ll(i32x16), None)
+        factors = _spread(b, scales, [order[i // 2 + 4 * (i % 2)] for i in range(8)], 4)
+
+        def packed(acc: Any, x: list[Any]) -> Any:
+            return dot_i16(
+                b, acc, _pack(b, *(dot_small(b, zero, u, s) for u, s in zip(lanes, x, strict=True))), factors
+            )
+
+        return packed
+    scales = arm.widen(b, scales) if NEON else scales
+    each = [_spread(b, scales, order[k : k + 4], SPREAD.n // 4) for k in (0, 4)]
+
+    def one_by_one(acc: Any, x: list[Any]) -> Any:
+        for u, s, factor in zip(lanes, x, each, strict=True):
+            acc = arm.sum_scaled(b, acc, u, s, factor, span) if NEON else _dot_scaled(b, acc, u, s, factor)
+        return acc
+
+    return one_by_one
 
 
 def _dot_scaled_half(b: Any, acc: Any, u: Any, s: Any, at: Any) -> Any:
@@ -159,3 +197,14 @@ def _dot_scaled_half(b: Any, acc: Any, u: Any, s: Any, at: Any) -> Any:
 # u below 128
 dot_u7s8_half = op(_dot_scaled_half, i32x8, i32x8, u8x32, i8x32, ADDRESS)
 dot_i16x8 = op(dot_i16, i32x4, i32x4, i16x8, i16x8)
+
+
+def _add_halves(b: Any, x: Any, y: Any) -> Any:
+    if not VNNI:
+        return b.add(x, y)
+    return call_intrinsic(b, "llvm.x86.avx2.phadd.d", ll(i32x8), x, y)
+
+
+# Sums of `dot_u7s8_half` over the even and over the odd sub-blocks of a group, in the lanes of what `scaled_dot` gives
+# when it has them crossed, folded to eight.
+add_halves = op(_add_halves, i32x8, i32x8, i32x8)

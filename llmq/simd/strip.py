@@ -200,6 +200,17 @@ def strip_settle(typingctx: Any, strip: Any) -> Any:  # noqa: ARG001
     return signature(strip, strip), codegen
 
 
+def strip_offset(centre: int) -> Any:
+    """An intrinsic: sums, at, step -> each token's i32 at `at`, times -centre, beside all its rows."""
+
+    def build(b: Any, sums: list[Any], at: Any, step: int) -> list[Any]:
+        factor = const(ll(i32x16), [-centre] * 16)
+        tokens = [b.mul(_word(b, at, t, step, I32), factor) for t in range(len(sums) // VECTORS)]
+        return [token for token in tokens for _ in range(VECTORS)]
+
+    return _strip_op(build, 3)
+
+
 def _dot_pairs(b: Any, sums: list[Any], pairs: Any, x: Any, step: int) -> list[Any]:
     rows = _vectors(b, pairs, ll(i16x32))
     if NEON:
@@ -224,6 +235,19 @@ def _fma_word(b: Any, acc: list[Any], w: Any, x: Any, step: int) -> list[Any]:
 
 # acc += (a float of each row) * (a float of each token): acc, rows, activations, step
 strip_fma = _strip_op(_fma_word, 4)
+
+
+def _fma_offset(b: Any, acc: list[Any], w: Any, x: Any, sums: Any, step: int) -> list[Any]:
+    rows = _vectors(b, w, ll(f32x16))
+    words = [
+        b.fmul(b.sitofp(_word(b, sums, t, step, I32), ll(f32x16)), _word(b, x, t, step, F32))
+        for t in range(len(acc) // VECTORS)
+    ]
+    return [_fma(b, rows[i % VECTORS], words[i // VECTORS], a) for i, a in enumerate(acc)]
+
+
+# acc += (a float of each row) * (a float of each token) * (an i32 of each): acc, rows, activations, sums, step
+strip_fma_offset = _strip_op(_fma_offset, 5)
 
 
 def _fma_scaled(b: Any, acc: list[Any], sums: list[Any], w: Any, x: Any, step: int) -> list[Any]:

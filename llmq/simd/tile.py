@@ -1,4 +1,4 @@
-"""Tiles: a tuple of vectors, one for each token or query, that share the loaded weights."""
+"""Tiles: a tuple of vectors, for each token (or query) that shares the loaded weights one, a half or a quarter."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,20 +10,21 @@ from numba.extending import intrinsic
 
 import llmq.simd.arm as arm
 from llmq.simd.basics import add_lanes
-from llmq.simd.dot import dot_full, dot_i16, dot_scaled, dot_small
+from llmq.simd.dot import dot_full, dot_i16, dot_small, scaled_dot
 from llmq.simd.vector import (
     ADDRESS,
-    F32,
+    I16,
     I32,
     I64,
     NEON,
-    SPREAD,
     Vec,
     call_intrinsic,
-    f32x4,
+    concat,
     f32x8,
     f32x16,
     i8x64,
+    i16x16,
+    i32x8,
     i32x16,
     intrinsic_of,
     literal,
@@ -36,22 +37,28 @@ from llmq.simd.vector import (
 )
 
 
-def _zero_tile(vec: Vec) -> Any:
-    def declare(typingctx: Any, n: Any) -> Any:  # noqa: ARG001
-        count = literal(n)
-        if count is None:
-            return None
+def _zero_tile(vec: Vec, count: int, *given: Any) -> Any:
+    def codegen(context: Any, b: Any, sig: Any, _args: Any) -> Any:
+        return context.make_tuple(b, sig.return_type, [ir.Constant(ll(vec), None)] * count)
 
-        def codegen(context: Any, b: Any, sig: Any, _args: Any) -> Any:
-            return context.make_tuple(b, sig.return_type, [ir.Constant(ll(vec), None)] * count)
-
-        return signature(types.UniTuple(vec, count), n), codegen
-
-    return intrinsic_of(declare, 1)
+    return signature(types.UniTuple(vec, count), *given), codegen
 
 
-# `n` (a literal) zero vectors
-tile_i32, tile_f32, tile_f32x8, tile_f32x4 = map(_zero_tile, (i32x16, f32x16, f32x8, f32x4))
+@intrinsic
+def tile_i32(typingctx: Any, n: Any) -> Any:  # noqa: ARG001
+    """Zero sums of `n` (a literal) tokens, 16 lanes each."""
+    tokens = literal(n)
+    return _zero_tile(i32x16, tokens, n) if tokens else None
+
+
+@intrinsic
+def tile_f32(typingctx: Any, lanes: Any, n: Any) -> Any:  # noqa: ARG001
+    """Zero sums of `n` tokens as floats, `lanes` (16, 8 or 4) each, side by side in vectors; both are literals."""
+    each, tokens = literal(lanes), literal(n)
+    if not each or not tokens:
+        return None
+    width = min(16, each * tokens)
+    return _zero_tile(Vec(types.float32, width), each * tokens // width, lanes, n)
 
 
 def _each(build: Callable[..., Any], takes: tuple[Any, ...]) -> Any:
@@ -67,13 +74,14 @@ def _each(build: Callable[..., Any], takes: tuple[Any, ...]) -> Any:
     return intrinsic_of(declare, 1 + len(takes))
 
 
-def _at(b: Any, base: Any, stride: Any, i: int) -> Any:
-    return b.add(base, b.mul(stride, ir.Constant(I64, i))) if i else base
+def _at(b: Any, base: Any, stride: Any, i: int, offset: int = 0) -> Any:
+    at = b.add(base, b.mul(stride, ir.Constant(I64, i))) if i else base
+    return b.add(at, ir.Constant(I64, offset)) if offset else at
 
 
-def _vector(b: Any, base: Any, stride: Any, i: int, t: ir.Type) -> Any:
-    """What lies at `base + i * stride`."""
-    return b.load(pointer(b, _at(b, base, stride, i), t), align=1)
+def _vector(b: Any, base: Any, stride: Any, i: int, t: ir.Type, offset: int = 0) -> Any:
+    """What lies at `base + i * stride + offset`."""
+    return b.load(pointer(b, _at(b, base, stride, i, offset), t), align=1)
 
 
 def _dot(dot: Callable[..., Any]) -> Callable[..., Any]:
@@ -88,64 +96,111 @@ tile_dot_u7 = _each(_dot(dot_small), (u8x64, ADDRESS, ADDRESS))
 tile_dot_u8 = _each(_dot(dot_full), (u8x64, ADDRESS, ADDRESS))
 
 
-def _dot_scaled(span: int) -> Callable[..., Any]:
-    def build(b: Any, i: int, acc: Any, lanes: Any, scales: Any, at: Any, stride: Any) -> Any:
-        x = _vector(b, at, stride, i, ll(i8x64))
-        return arm.sum_scaled(b, acc, lanes, x, scales, span) if NEON else dot_scaled(b, acc, lanes, x, scales)
+def _dot_scaled(span: int, crossed: bool) -> Any:
+    def declare(typingctx: Any, tile: Any, low: Any, high: Any, scales: Any, half: Any, *at: Any) -> Any:  # noqa: ARG001
+        part = literal(half)
+        if part is None:
+            return None
 
-    return build
+        def codegen(context: Any, b: Any, sig: Any, values: Any) -> Any:
+            acc, *lanes, scales, _half, base, stride = values
+            dot = scaled_dot(b, lanes, scales, part, span, crossed)
+            items = []
+            for i in range(tile.count):
+                x = [_vector(b, base, stride, i, ll(i8x64), 64 * k) for k in (0, 1)]
+                items.append(dot(b.extract_value(acc, i), x))
+            return context.make_tuple(b, sig.return_type, items)
 
+        return signature(tile, tile, u8x64, u8x64, i16x16, half, ADDRESS, ADDRESS), codegen
 
-# acc[i] += scale * (lanes . (the 64 bytes at `at + i * stride`)), in whatever lanes; lanes below 128 (where SIGNED any
-# signed byte), scales as `spread` has them, one for 32 or 16 weights
-tile_dot_scaled32 = _each(_dot_scaled(32), (u8x64, SPREAD, ADDRESS, ADDRESS))
-tile_dot_scaled16 = _each(_dot_scaled(16), (u8x64, SPREAD, ADDRESS, ADDRESS))
-
-
-def _fold(b: Any, x: Any, n: int) -> Any:
-    """Lanes added up until `n` are left."""
-    while x.type.count > n:
-        low, high = slices(b, x, 2)
-        x = b.add(low, high)
-    return x
+    return intrinsic_of(declare, 7)
 
 
-def _add_scaled(b: Any, i: int, acc: Any, sums: Any, scale: Any, at: Any, stride: Any) -> Any:
-    """acc + float(sums) * (scale * the float at `at + i * stride`)."""
-    n = acc.type.count
-    factor = splat(b, b.fmul(scale, _vector(b, at, stride, i, F32)), n)
-    return call_intrinsic(b, f"llvm.fma.v{n}f32", acc.type, b.sitofp(_fold(b, sums, n), acc.type), factor, acc)
+# acc[i] += scales * (weights . the 128 bytes at `at + i * stride`), in whatever lanes, of 128 weights in two vectors.
+# They are half 0 or 1 (a literal) of a group, and below 64 (where SIGNED any signed bytes); of the group's 16 scales
+# each is for 16 weights, or two, which are equal, for 32. Crossed: 32-weight sub-blocks 0 and 2, then 1 and 3.
+tile_dot_scaled32, tile_dot_scaled16 = _dot_scaled(32, False), _dot_scaled(16, False)
+tile_dot_crossed32 = _dot_scaled(32, True)
+
+
+def _fold(b: Any, tokens: list[Any], n: int) -> Any:
+    """Lanes of each token's sums added up until `n` are left, side by side in one vector."""
+    while tokens[0].type.count > n:
+        low, high = (concat(b, list(half)) for half in zip(*(slices(b, t, 2) for t in tokens), strict=True))
+        tokens = slices(b, b.add(low, high), len(tokens))
+    return concat(b, tokens)
+
+
+def _fma(b: Any, acc: Any, sums: Any, factor: Any, other: Any = None) -> Any:
+    """acc + float(sums) * factor, or acc + (float(sums) * factor) * other."""
+    value = b.sitofp(sums, acc.type)
+    if other is not None:
+        value, factor = b.fmul(value, factor), other
+    return call_intrinsic(b, f"llvm.fma.v{acc.type.count}f32", acc.type, value, factor, acc)
 
 
 @intrinsic
-def tile_add_scaled(typingctx: Any, tile: Any, sums: Any, scale: Any, at: Any, stride: Any) -> Any:  # noqa: ARG001
-    """acc[i] += float(sums[i]) * (scale * the float at `at + i * stride`); sums are folded to acc's lanes."""
+def tile_add_scaled(typingctx: Any, tile: Any, sums: Any, factors: Any) -> Any:  # noqa: ARG001
+    """acc += float(sums) * factors, with the sums of each token folded to its lanes of acc."""
+    per = sums.count // tile.count
 
     def codegen(context: Any, b: Any, sig: Any, values: Any) -> Any:
-        acc, parts, *rest = values
-        items = [
-            _add_scaled(b, i, b.extract_value(acc, i), b.extract_value(parts, i), *rest) for i in range(tile.count)
-        ]
-        return context.make_tuple(b, sig.return_type, items)
-
-    return signature(tile, tile, sums, types.float32, ADDRESS, ADDRESS), codegen
-
-
-@intrinsic
-def tile_add_mins(ctx: Any, tile: Any, mins: Any, sums: Any, scale: Any, at: Any, stride: Any) -> Any:  # noqa: ARG001
-    """acc[i] += float(mins . the i16 sums at `sums + i * stride`) * (scale * the float at `at + i * stride`)."""
-
-    def codegen(context: Any, b: Any, sig: Any, values: Any) -> Any:
-        acc, m, s, *rest = values
-        step = rest[-1]
-        zero = ir.Constant(ir.VectorType(I32, mins.n // 2), None)
         items = []
         for i in range(tile.count):
-            product = dot_i16(b, zero, m, _vector(b, s, step, i, ll(mins)))
-            items.append(_add_scaled(b, i, b.extract_value(acc, i), product, *rest))
+            tokens = [b.extract_value(values[1], t) for t in range(i * per, (i + 1) * per)]
+            folded = _fold(b, tokens, tile.dtype.n // per)
+            items.append(_fma(b, b.extract_value(values[0], i), folded, b.extract_value(values[2], i)))
         return context.make_tuple(b, sig.return_type, items)
 
-    return signature(tile, tile, mins, ADDRESS, types.float32, ADDRESS, ADDRESS), codegen
+    return signature(tile, tile, sums, factors), codegen
+
+
+def _dot_mins(b: Any, mins: Any, sums: Any, per: int) -> Any:
+    """mins . sums of each token, side by side; on Arm one by one, for its products keep no order."""
+    zero = ir.Constant(ir.VectorType(I32, mins.type.count // 2), None)
+    if NEON:
+        return concat(b, [dot_i16(b, zero, mins, s) for s in slices(b, sums, per)])
+    return dot_i16(b, concat(b, [zero] * per), concat(b, [mins] * per), sums)
+
+
+@intrinsic
+def tile_add_mins(typingctx: Any, tile: Any, mins: Any, sums: Any, factors: Any) -> Any:  # noqa: ARG001
+    """acc += float(mins . each token's i16 sums, side by side at `sums`) * factors."""
+    lanes = tile.dtype.n
+    per = lanes // (mins.n // 2)
+
+    def codegen(context: Any, b: Any, sig: Any, values: Any) -> Any:
+        acc, m, at, floats = values
+        items = []
+        for i in range(tile.count):
+            vector = _vector(b, at, ir.Constant(I64, 4 * lanes), i, ir.VectorType(I16, 2 * lanes))
+            product = _dot_mins(b, m, vector, per)
+            items.append(_fma(b, b.extract_value(acc, i), product, b.extract_value(floats, i)))
+        return context.make_tuple(b, sig.return_type, items)
+
+    return signature(tile, tile, mins, ADDRESS, factors), codegen
+
+
+@intrinsic
+def tile_splat(typingctx: Any, tile: Any, value: Any) -> Any:  # noqa: ARG001
+    """A tile like `tile`, all of it one float."""
+
+    def codegen(context: Any, b: Any, sig: Any, values: Any) -> Any:
+        return context.make_tuple(b, sig.return_type, [splat(b, values[1], tile.dtype.n)] * tile.count)
+
+    return signature(tile, tile, types.float32), codegen
+
+
+@intrinsic
+def tile_times(typingctx: Any, tile: Any, value: Any) -> Any:  # noqa: ARG001
+    """The floats of a tile, each times `value`."""
+
+    def codegen(context: Any, b: Any, sig: Any, values: Any) -> Any:
+        factor = splat(b, values[1], tile.dtype.n)
+        items = [b.fmul(b.extract_value(values[0], i), factor) for i in range(tile.count)]
+        return context.make_tuple(b, sig.return_type, items)
+
+    return signature(tile, tile, types.float32), codegen
 
 
 @intrinsic
@@ -171,25 +226,49 @@ def tile_add_blocks(ctx: Any, tile: Any, sums: Any, d: Any, part: Any, at: Any, 
     return signature(tile, tile, sums, f32x8, part, ADDRESS, ADDRESS), codegen
 
 
+@intrinsic
+def tile_add_offsets(ctx: Any, tile: Any, c: Any, scales: Any, sums: Any, stride: Any) -> Any:  # noqa: ARG001
+    """acc += c * (the eight floats at `scales + i * stride`) * (the eight i32 at `sums + i * stride`)."""
+    per = tile.dtype.n // c.n
+
+    def codegen(context: Any, b: Any, sig: Any, values: Any) -> Any:
+        acc, offsets, scales, sums, step = values
+        repeated = concat(b, [offsets] * per)
+        items = []
+        for i in range(tile.count):
+            tokens = range(i * per, (i + 1) * per)
+            d = concat(b, [_vector(b, scales, step, t, ll(f32x8)) for t in tokens])
+            total = concat(b, [_vector(b, sums, step, t, ll(i32x8)) for t in tokens])
+            items.append(_fma(b, b.extract_value(acc, i), total, d, repeated))
+        return context.make_tuple(b, sig.return_type, items)
+
+    return signature(tile, tile, c, ADDRESS, ADDRESS, ADDRESS), codegen
+
+
 def _add_product(b: Any, i: int, acc: Any, x: Any, at: Any, stride: Any) -> Any:
-    name = f"llvm.fma.v{acc.type.count}f32"
-    return call_intrinsic(b, name, acc.type, x, _vector(b, at, stride, i, acc.type), acc)
+    return call_intrinsic(b, "llvm.fma.v16f32", acc.type, x, _vector(b, at, stride, i, acc.type), acc)
 
 
-# acc[i] += x * (the eight or sixteen floats at `at + i * stride`)
-tile_add_product8 = _each(_add_product, (f32x8, ADDRESS, ADDRESS))
-tile_add_product16 = _each(_add_product, (f32x16, ADDRESS, ADDRESS))
+# acc[i] += x * (the sixteen floats at `at + i * stride`)
+tile_add_product = _each(_add_product, (f32x16, ADDRESS, ADDRESS))
 
 
 @intrinsic
-def tile_sums(typingctx: Any, tile: Any, other: Any) -> Any:  # noqa: ARG001
-    """The lanes of tile[i] and of other[i] added up, float32s; in one order, whatever surrounds it."""
+def tile_sums(typingctx: Any, n: Any, tile: Any, other: Any) -> Any:  # noqa: ARG001
+    """The lanes of each of `n` (a literal) tokens in both added up, float32s; in one order, whatever surrounds it."""
+    tokens = literal(n)
+    if tokens is None:
+        return None
 
     def codegen(context: Any, b: Any, sig: Any, values: Any) -> Any:
-        items = [b.fadd(*(add_lanes(b, b.extract_value(v, i)) for v in values)) for i in range(tile.count)]
-        return context.make_tuple(b, sig.return_type, items)
+        totals = []
+        for value, held in ((values[1], tile), (values[2], other)):
+            per = tokens // held.count
+            pieces = [piece for i in range(held.count) for piece in slices(b, b.extract_value(value, i), per)]
+            totals.append([add_lanes(b, piece) for piece in pieces])
+        return context.make_tuple(b, sig.return_type, [b.fadd(x, y) for x, y in zip(*totals, strict=True)])
 
-    return signature(types.UniTuple(types.float32, tile.count), tile, other), codegen
+    return signature(types.UniTuple(types.float32, tokens), n, tile, other), codegen
 
 
 @intrinsic

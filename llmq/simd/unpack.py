@@ -11,7 +11,6 @@ from llmq.simd.vector import (
     I32,
     I64,
     NEON,
-    SPREAD,
     const,
     f32x16,
     i16x8,
@@ -53,6 +52,16 @@ def _shifted_bits(b: Any, x: Any, shift_low: Any, shift_high: Any, mask: Any, up
 shifted_bits = op(_shifted_bits, u8x64, u8x32, *[types.uint8] * 4)
 
 
+def _pick_bits(b: Any, x: Any, low: Any, high: Any) -> Any:
+    there = b.and_(_join(b, x, x), _join(b, splat(b, low, 32), splat(b, high, 32)))
+    zero = const(ll(u8x64), [0] * 64)
+    return b.select(b.icmp_unsigned("!=", there, zero), const(ll(u8x64), [16] * 64), zero)
+
+
+# 32 bytes to 64 lanes: 16 where a byte has a bit of the mask `low`, then where it has one of `high`, else 0
+pick_bits = op(_pick_bits, u8x64, u8x32, types.uint8, types.uint8)
+
+
 def _bits32(b: Any, word: Any) -> Any:
     """32 bits to 32 lanes of 0 or 1, lane i from bit i."""
     if NEON:
@@ -65,20 +74,6 @@ def _bits32(b: Any, word: Any) -> Any:
 
 
 bits_u8x32 = op(_bits32, u8x32, types.uint32)
-
-
-def _spread(b: Any, scales: Any, j: Any) -> Any:
-    """Quarter i of part `j` (0..3) takes scale 4j + i, that of its 16 weights."""
-    scales, quarter = arm.widen(b, scales) if NEON else scales, SPREAD.n // 4
-    parts = [shuffle(b, scales, scales, [4 * part + lane // quarter for lane in range(SPREAD.n)]) for part in range(4)]
-    picked = parts[3]
-    for part in (2, 1, 0):
-        picked = b.select(b.icmp_signed("==", j, ir.Constant(j.type, part)), parts[part], picked)
-    return picked
-
-
-# i16x16 scales of 16 weights each, and which 64 weights (a literal, so that the choice folds away)
-spread = op(_spread, SPREAD, i16x16, types.int64)
 
 
 def _widen_bytes(b: Any, low: Any, high: Any) -> Any:
