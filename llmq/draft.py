@@ -5,7 +5,7 @@ Decoding", 2023, apoorvumang/prompt-lookup-decoding on GitHub). The model then j
 """
 
 N_GRAMS = 3, 2, 1  # longer ones find hardly more: a copy that has begun goes on without them
-LONGEST = 7  # with the token before it a batch of 8 rows, which one pass over the weights serves
+SHORT, LONG = 3, 7  # with the token before them batches of 4 and 8 rows: the engine takes rows by fours
 
 
 class Lookup:
@@ -26,15 +26,18 @@ class Lookup:
         self._agreed = 0  # how many tokens before `_source` are those at the end
 
     def draft(self, limit: int) -> list[int]:
-        """Up to `limit` and LONGEST tokens that may follow; none where nothing fits.
+        """Up to `limit` tokens that may follow; none where nothing fits.
 
-        As many as have agreed: a batch takes longer with each row, and the longer the two parts have been the same, the
-        longer they stay so. After a wrong guess drafts begin short, and after right ones they grow by their own length.
+        A short draft first, and also after a wrong guess; a long one where more has agreed than a short one holds. For
+        a batch takes longer with more rows, and the longer two parts have been the same, the longer they stay so.
         """
         while self._known < len(self._ids):
             self._look_at(self._known)
+        if self._agreed == 0:
+            return []
+        n = min(LONG if self._agreed > SHORT else SHORT, limit)
         period = len(self._ids) - self._source  # a copy may run into itself
-        return [self._ids[self._source + i % period] for i in range(min(self._agreed, LONGEST, limit))]
+        return [self._ids[self._source + i % period] for i in range(n)]
 
     def _look_at(self, at: int) -> None:
         ids = self._ids

@@ -15,7 +15,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from test_generate import tokenizer
 
-from llmq.draft import LONGEST, N_GRAMS, Lookup
+from llmq.draft import LONG, N_GRAMS, SHORT, Lookup
 from llmq.generate import Generation
 from llmq.sampler import Sampling
 
@@ -48,7 +48,7 @@ def naive_copy(ids: Sequence[int]) -> tuple[int, int]:
 def naive_draft(ids: Sequence[int], limit: int) -> list[int]:
     source, agreed = naive_copy(ids)
     text = list(ids)
-    for i in range(min(agreed, LONGEST, limit)):
+    for i in range(min(0 if agreed == 0 else SHORT if agreed <= SHORT else LONG, limit)):
         text.append(text[source + i])
     return text[len(ids) :]
 
@@ -70,31 +70,32 @@ def test_drafts_equal_those_of_a_search(start: list[int], parts: list[list[int]]
 @settings(deadline=None)
 @given(ids=few_ids)
 def test_a_draft_has_stood_in_the_text(ids: list[int]) -> None:
-    """As long as it is, as many tokens before it are those at the end of the text."""
-    draft = Lookup(ids).draft(LONGEST)
+    """Behind what is at the end of the text: one token before a short draft, four before a long one."""
+    draft = Lookup(ids).draft(LONG)
+    assert len(draft) in (0, SHORT, LONG)
     text = ids + draft
-    n = len(draft)
-    assert n == 0 or any(text[at : at + 2 * n] == text[len(ids) - n :] for at in range(len(ids) - n))
+    n = len(draft) + (1 if len(draft) == SHORT else SHORT + 1)
+    assert not draft or any(text[at : at + n] == text[-n:] for at in range(len(text) - n))
 
 
-def test_drafts_grow_while_they_are_right_and_begin_short_again() -> None:
-    ids = [*range(100, 140), 7, 100, 101]
+def test_drafts_grow_when_they_are_right_and_begin_short_again() -> None:
+    ids = [*range(100, 140), 7, 100]
     lookup = Lookup(ids)
     found = []
-    for right in (True, True, True, True, False, True):
-        draft = lookup.draft(LONGEST)
+    for right in (True, True, True, False, True, True):
+        draft = lookup.draft(LONG)
         found.append(len(draft))
         following = ids.index(ids[-1]) + 1
         assert draft == ids[following : following + len(draft)]
-        ids += [*draft, ids[following + len(draft)]] if right else [draft[0], 8, 120, 121]
-    assert found == [2, 5, 7, 7, 7, 2]
+        ids += [*draft, ids[following + len(draft)]] if right else [draft[0], 8, 130]
+    assert found == [3, 7, 7, 7, 3, 7]
 
 
 def test_the_latest_place_is_taken() -> None:
     assert Lookup([1, 2, 3, 5, 1, 2, 3, 6, 1, 2, 3]).draft(1) == [6]
     assert Lookup([9, 2, 3, 5, 5, 1, 2, 3, 6, 6, 9, 2, 3]).draft(1) == [5], "three tokens count for more than two"
-    assert Lookup([4, 4, 4]).draft(9) == [4, 4], "a copy may run into itself"
-    assert Lookup([1, 2, 1]).draft(9) == [2]
+    assert Lookup([4, 4, 4]).draft(9) == [4, 4, 4], "a copy may run into itself"
+    assert Lookup([1, 2, 1]).draft(9) == [2, 1, 2]
     for nothing in ([], [1], [1, 2], [1, 2, 1, 3, 1], [1, 2, 3, 4, 5]):
         assert Lookup(nothing).draft(9) == []
 
@@ -124,7 +125,7 @@ class Table:
 
     def read(self, ids: Sequence[int], n_last: int = 1) -> np.ndarray:
         assert 0 < len(ids) <= self.room, "the context is overrun"
-        assert n_last == 1 or len(ids) <= LONGEST + 1
+        assert n_last == 1 or len(ids) <= LONG + 1
         if len(self.reads) == self.breaks_at:
             raise KeyboardInterrupt
         self.reads.append(len(ids))
@@ -201,7 +202,7 @@ def test_accepted_runs() -> None:
     table = copying([*loop, 300])
     made = reply(table, loop * 2, max_tokens=50, lookup=True)
     list(made)
-    assert table.reads[1:] == [6, 8, 8, 8, 8, 8, 3]
+    assert table.reads[1:] == [8, 8, 8, 8, 8, 8, 1]
     assert made.stats.accepted == made.stats.drafted == 42
     assert made.stats.tokens == len(table.cached) - 8 == 49
     assert made.stop_reason == "length"
