@@ -12,7 +12,7 @@ import numpy as np
 
 from llmq.config import ModelConfig
 from llmq.errors import UsageError
-from llmq.kernels.kv import F16_KV, KVFormat
+from llmq.kernels.kv import KVFormat
 from llmq.team import aligned
 
 BLOCK = 16
@@ -22,9 +22,8 @@ OVERREAD = 256  # attention reads whole registers past the values of small heads
 class KVRing:
     """Keys and values of all layers for one conversation; `length` is the number of positions that count."""
 
-    def __init__(self, config: ModelConfig, n_ctx: int, window: int, batch: int, kv: KVFormat = F16_KV) -> None:
-        needed = min(n_ctx, window + batch) if window else n_ctx
-        self.capacity = -(-needed // BLOCK) * BLOCK
+    def __init__(self, config: ModelConfig, n_ctx: int, window: int, batch: int, kv: KVFormat) -> None:
+        self.capacity = ring_capacity(n_ctx, window, batch)
         self.window = window
         self.length = 0
         self._first = 0  # the oldest position that has not been overwritten
@@ -62,6 +61,12 @@ class KVRing:
             self._first = 0
 
 
-def ring_bytes(config: ModelConfig, capacity: int, kv: KVFormat = F16_KV) -> int:
+def ring_capacity(n_ctx: int, window: int, batch: int) -> int:
+    """Slots for a context of `n_ctx` positions, of which a query sees `window` (0: all), in batches of up to `batch`."""
+    needed = min(n_ctx, window + batch) if window else n_ctx
+    return -(-needed // BLOCK) * BLOCK
+
+
+def ring_bytes(config: ModelConfig, capacity: int, kv: KVFormat) -> int:
     """Bytes of a ring of `capacity` positions: a key and a value for each layer and KV head."""
     return 2 * config.n_layers * config.n_kv_heads * kv.row_bytes(config.head_dim) * capacity

@@ -31,7 +31,7 @@ from numba.core.registry import cpu_target
 from platformdirs import user_cache_path
 
 # nnan and ninf stay out: masks are -inf, and a NaN must stay one. So does reassoc: a result may not depend on what the
-# compiler finds around a sum.
+# compiler finds around a sum. For the same reason what must be equal bit for bit adds products by fma, not by + and *.
 FASTMATH = {"nsz", "arcp", "contract", "afn"}
 OPTIONS: dict[str, Any] = {"error_model": "numpy", "fastmath": FASTMATH}
 MAGIC = b"llmq-kernel-1\n"

@@ -2,14 +2,14 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 import psutil
 
-from llmq.cache import KVRing, ring_bytes
+from llmq.cache import ring_bytes, ring_capacity
 from llmq.config import ModelConfig, check_tensors, read_config
 from llmq.cores import allowed_cpus
 from llmq.engine.cpu import BATCH, Engine
@@ -43,9 +43,8 @@ class Model:
         self.n_threads = n_threads
         self._gguf = gguf
         self._status = self.path.stat()
-        self._kv = kv
         self._engine = Engine(gguf, config, n_threads, kv=kv)
-        self._ring = KVRing(config, n_ctx, config.window, self._engine.batch, kv)
+        self._ring = self._engine.ring(n_ctx)
         self._ids: list[int] = []  # what the ring holds, from position 0
         self._tokenizer: Tokenizer | None = None
         self._turns = 0
@@ -118,13 +117,10 @@ class Model:
         """
         self._check_ids(ids)
         self._check_file()
-        ring = KVRing(self.config, self.n_ctx, self.config.window, self._engine.batch, self._kv)
+        ring = self._engine.ring(self.n_ctx)
         found = []
-        for first in range(0, len(ids), self._engine.batch):
-            part = ids[first : first + self._engine.batch]
-            last = first + len(part) == len(ids)
-            outputs = range(len(part)) if all_positions else [len(part) - 1] if last else []
-            positions = range(first, first + len(part))
+        for part, outputs in self._parts(ids, len(ids) if all_positions else 1):
+            positions = range(ring.length, ring.length + len(part))
             found.append(self._engine.forward(part, positions, [ring] * len(part), outputs))
             ring.advance(len(part))
         return np.concatenate(found)
@@ -146,15 +142,19 @@ class Model:
         """Append ids to the conversation; logits f32 [n_last, vocab_size] after each of the last `n_last`."""
         self._check_file()
         found = []
-        for first in range(0, len(ids), self._engine.batch):
-            part = list(ids[first : first + self._engine.batch])
+        for part, outputs in self._parts(ids, n_last):
             at = len(self._ids)
-            outputs = range(max(0, len(ids) - n_last - first), len(part))
             self._ring.claim(len(part))
             found.append(self._engine.forward(part, range(at, at + len(part)), [self._ring] * len(part), outputs))
             self._ids += part
             self._ring.advance(len(part))
         return np.concatenate(found)
+
+    def _parts(self, ids: Sequence[int], n_last: int) -> Iterator[tuple[list[int], range]]:
+        """Ids by batches, and which rows of each are among the last `n_last`."""
+        for first in range(0, len(ids), self._engine.batch):
+            part = list(ids[first : first + self._engine.batch])
+            yield part, range(max(0, len(ids) - n_last - first), len(part))
 
     def take_back(self, n: int) -> None:
         """Remove the last `n` ids of the conversation.
@@ -242,6 +242,12 @@ class Turn:
             raise UsageError("another reply of this model has begun since; read one at a time, or load it twice")
         return self._model.read(ids, n_last)
 
+    def _parts(self, ids: Sequence[int], n_last: int) -> Iterator[tuple[list[int], range]]:
+        """Ids by batches, and which rows of each are among the last `n_last`."""
+        for first in range(0, len(ids), self._engine.batch):
+            part = list(ids[first : first + self._engine.batch])
+            yield part, range(max(0, len(ids) - n_last - first), len(part))
+
     def take_back(self, n: int) -> None:
         if not self._lost:  # else the next reply has found what there was, and kept what it could
             self._model.take_back(n)
@@ -325,7 +331,7 @@ def _kv_format(config: ModelConfig, name: str) -> KVFormat:
 
 def _check_memory(config: ModelConfig, n_ctx: int, kv: KVFormat) -> None:
     """Refuse what would make the machine swap: the weights are mapped and can be dropped, the cache cannot."""
-    needed = ring_bytes(config, min(n_ctx, config.window + BATCH) if config.window else n_ctx, kv)
+    needed = ring_bytes(config, ring_capacity(n_ctx, config.window, BATCH), kv)
     available = psutil.virtual_memory().available
     if needed > available:
         raise ResourceError(

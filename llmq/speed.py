@@ -136,7 +136,7 @@ def _n_bytes(shape: tuple[int, ...]) -> int:
 
 def _measure(engine: Engine, n_ctx: int, name: str, tell: Callable[[str], None]) -> Speed:
     lengths = sorted({min(n, n_ctx) for n in PREFILL})
-    ring = KVRing(engine.config, lengths[-1], engine.config.window, engine.batch)
+    ring = engine.ring(lengths[-1])
     ids = np.random.default_rng(0).integers(0, engine.config.vocab_size, lengths[-1]).tolist()
     _read(engine, ring, ids[:32])  # the file's first pages, and the threads
     prefill = []

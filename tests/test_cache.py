@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmq.cache import KVRing, ring_bytes
+from llmq.kernels.kv import F16_KV
 from llmq.config import ModelConfig, read_config
 from llmq.errors import UsageError
 from llmq.gguf import open_gguf
@@ -27,16 +28,16 @@ def config(tiny_model: Tiny) -> ModelConfig:
 )
 def test_capacity(config: ModelConfig, n_ctx: int, window: int, batch: int, capacity: int) -> None:
     """Whole blocks; window + batch where there is a window, and never more than the context needs."""
-    ring = KVRing(config, n_ctx, window, batch)
+    ring = KVRing(config, n_ctx, window, batch, F16_KV)
     assert ring.capacity == capacity
-    assert ring.memory.nbytes == ring_bytes(config, capacity)
+    assert ring.memory.nbytes == ring_bytes(config, capacity, F16_KV)
     halves = capacity * config.n_layers * config.n_kv_heads * config.head_dim * 2
     assert ring.memory.nbytes == halves * np.dtype(np.float16).itemsize
     assert ring.address % 64 == 0
 
 
 def test_memory_stays_the_same_past_the_window(config: ModelConfig) -> None:
-    ring = KVRing(config, 4096, 24, 8)
+    ring = KVRing(config, 4096, 24, 8, F16_KV)
     before = ring.address, ring.memory.nbytes
     for _ in range(500):
         ring.advance(8)
@@ -45,7 +46,7 @@ def test_memory_stays_the_same_past_the_window(config: ModelConfig) -> None:
 
 def test_going_back(config: ModelConfig) -> None:
     """Window 24, capacity 32, length 100: slots hold 68 .. 99, and a token at 92 sees 69 and on."""
-    ring = KVRing(config, 4096, 24, 8)
+    ring = KVRing(config, 4096, 24, 8, F16_KV)
     ring.advance(100)
     assert [ring.keepable(n) for n in (100, 92, 91, 90, 50, 0)] == [100, 92, 91, 0, 0, 0]
     with pytest.raises(UsageError, match="position 90"):
@@ -60,7 +61,7 @@ def test_going_back(config: ModelConfig) -> None:
 
 def test_an_interrupted_batch_has_overwritten_its_slots(config: ModelConfig) -> None:
     """Slots hold 68 .. 99; a batch of 8 that was begun and not finished may have taken those of 68 .. 75."""
-    ring = KVRing(config, 4096, 24, 8)
+    ring = KVRing(config, 4096, 24, 8, F16_KV)
     ring.advance(100)
     ring.claim(8)
     assert ring.length == 100
@@ -68,7 +69,7 @@ def test_an_interrupted_batch_has_overwritten_its_slots(config: ModelConfig) -> 
 
 
 def test_without_a_window_every_prefix_can_be_kept(config: ModelConfig) -> None:
-    ring = KVRing(config, 128, 0, 8)
+    ring = KVRing(config, 128, 0, 8, F16_KV)
     ring.advance(120)
     for n in (120, 64, 3, 0):
         ring.truncate(n)
@@ -77,7 +78,7 @@ def test_without_a_window_every_prefix_can_be_kept(config: ModelConfig) -> None:
 
 def test_going_back_twice(config: ModelConfig) -> None:
     """Slots hold 68 .. 99 after 100 positions. Going back to 92 does not bring older ones back."""
-    ring = KVRing(config, 4096, 24, 8)
+    ring = KVRing(config, 4096, 24, 8, F16_KV)
     ring.advance(100)
     ring.truncate(92)
     assert ring.keepable(85) == 0, "a token at 85 sees 62 and on, and 94 .. 99 have overwritten 62 .. 67"
@@ -90,7 +91,7 @@ steps = st.lists(st.one_of(st.integers(1, 8), st.tuples(st.integers(0, 130))), m
 @given(steps=steps, window=st.sampled_from([0, 2, 7, 24]))
 def test_keeps_what_it_can_and_no_more(config: ModelConfig, steps: list[int | tuple[int]], window: int) -> None:
     """Against a dictionary of slots: numbers are tokens read, (n,) is going back to n, from the start if it must."""
-    ring = KVRing(config, 320, window, 8)
+    ring = KVRing(config, 320, window, 8, F16_KV)
     slots: dict[int, int] = {}
     length = 0
     for step in steps:

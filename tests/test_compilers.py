@@ -18,7 +18,7 @@ from numba import types
 
 from llmq import jit
 from llmq.engine import compilers
-from llmq.engine.compilers import HELPER, compile_together, kernels_of
+from llmq.engine.compilers import HELPER, compile_together, kernels_of, search_path
 from llmq.formats import F32, FORMATS, Q4_K, Q8_0
 from llmq.jit import Kernel, compile_log, kernel, read_cached
 from llmq.kernels.kv import F16_KV, Q8_0_KV
@@ -146,7 +146,7 @@ def help_with(names: list[str], cache: Path, folder: Path) -> subprocess.Complet
     """One helper, with these of the kernels of a Q8_0 model in the queue."""
     needed = [made.name for made in kernels_of([Q8_0], F32, F16_KV)]
 
-    command = [sys.executable, "-I", "-c", HELPER, json.dumps([str(ROOT), *filter(None, sys.path)]), "f16", "0", "8"]
+    command = [sys.executable, "-I", "-c", HELPER, json.dumps(search_path()), "f16", "0", "8"]
     return subprocess.run(
         command,
         input=bytes(needed.index(name) for name in names),

@@ -51,7 +51,7 @@ def some_ids(config: ModelConfig, n: int = N, seed: int = 1) -> list[int]:
 
 
 def ring_of(running: Engine, batch: int = 512) -> KVRing:
-    return KVRing(running.config, 4096, running.config.window, batch)
+    return KVRing(running.config, 4096, running.config.window, batch, F16_KV)
 
 
 def read(running: Engine, ids: Sequence[int], chunks: Sequence[int] | int, ring: KVRing | None = None) -> np.ndarray:

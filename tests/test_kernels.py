@@ -118,6 +118,7 @@ def by_dot(fmt: Format, w: np.ndarray, groups: np.ndarray, n_cols: int) -> np.nd
         address(out), address(w), w.shape[1], len(w), address(groups), size * n_tokens, n_tokens, n_groups, tail
     )
     assert np.isnan(out[:, len(w) :]).all(), "written past the rows"
+    assert np.isnan(out[-1]).all(), "written past the spare tokens"
     return out[:n_tokens, : len(w)]
 
 

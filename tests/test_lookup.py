@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from llmq import Message, Model, Sampling, load
 from llmq.cache import KVRing
+from llmq.kernels.kv import F16_KV
 from llmq.errors import UsageError
 from llmq.formats import F16, Q4_0, Q4_K, Q6_K, Q8_0
 from llmq.store import BUNDLED_PATH
@@ -108,7 +109,7 @@ def test_any_conversation_is_the_same(path: Path, steps: list[tuple[int, ...]]) 
     with load(path, n_ctx=500, threads=1) as plain, load(path, n_ctx=500, threads=1) as guessing:
         for model in (plain, guessing):
             model._engine.batch = 8
-            model._ring = KVRing(model.config, 500, WINDOW, 8)
+            model._ring = KVRing(model.config, 500, WINDOW, 8, F16_KV)
         ids = repetitive(9)
         for keep, seed, n, max_tokens, pieces in steps:
             ids = ids[: len(ids) - keep] + repetitive(seed, 60)[:n]
@@ -135,7 +136,7 @@ def test_a_full_context(path: Path) -> None:
 def test_an_interrupt_in_a_batch_of_guesses(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The batch has overwritten part of the ring; the same prompt then has the same answer."""
     with load(path) as model:
-        model._ring = KVRing(model.config, 500, WINDOW, 8)
+        model._ring = KVRing(model.config, 500, WINDOW, 8, F16_KV)
         model._engine.batch = 8
         expected = said(model, repetitive(3), False)
         run = model._engine.forward

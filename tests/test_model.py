@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import llmq
+from llmq.kernels.kv import F16_KV
 from llmq import Message, Model, Sampling, load
 from llmq.errors import FileFormatError, LlmqError, ResourceError, UsageError
 from llmq.formats import Q4_K, Q8_0
@@ -151,7 +152,7 @@ def test_any_conversation_equals_a_fresh_one(path: Path, steps: list[tuple[int, 
     """Each prompt keeps some of the one before and goes on in its own way, over a ring that comes round every 32."""
     with load(path, n_ctx=300, threads=1) as model:
         model._engine.batch = 8
-        model._ring = llmq.cache.KVRing(model.config, 300, WINDOW, 8)
+        model._ring = llmq.cache.KVRing(model.config, 300, WINDOW, 8, F16_KV)
         ids = some_ids(90, seed=9)
         for keep, seed, n, replies in steps:
             ids = ids[: len(ids) - keep] + some_ids(n, seed)
@@ -166,7 +167,7 @@ def test_any_conversation_equals_a_fresh_one(path: Path, steps: list[tuple[int, 
 def test_going_back_twice_past_the_ring(path: Path) -> None:
     """Read far, go back a little, go back again: what the far end overwrote must not come back as if it were whole."""
     with load(path) as model:
-        model._ring = llmq.cache.KVRing(model.config, 2000, WINDOW, 512)  # 544 slots
+        model._ring = llmq.cache.KVRing(model.config, 2000, WINDOW, 512, F16_KV)  # 544 slots
         ids = some_ids(1000)
         for n in (1000, 900, 480 + WINDOW):
             model.start(ids[:n])

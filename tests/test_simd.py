@@ -39,9 +39,10 @@ from llmq.simd import (
     grid_scale,
     grid_start,
     grid_store,
+    high_i16_u8x16,
     i8_of_i32x16,
     i16_of_i8x16,
-    i16x8_of_bytes,
+    i16_of_u8x16,
     i32_of_f32x16,
     join_u8x32,
     load_f16,
@@ -63,13 +64,14 @@ from llmq.simd import (
     load_u8x64,
     load_u16x16,
     load_u32,
+    low_pairs_u8x16,
     max_f32x16,
     max_lanes_f32x16,
     nibbles_u8x32,
     pair_f32x16,
+    pick_bits,
+    rotate_u8x32,
     round_f32x16,
-    scale_pairs,
-    shifted_bits,
     store_f16,
     store_f16x16,
     store_f32,
@@ -101,8 +103,8 @@ from llmq.simd import (
     twice_high,
     twice_low,
     weave_i32,
+    weave_u64,
     where_between,
-    widen_u64x2,
     zero_i32x4,
     zero_i32x8,
 )
@@ -257,41 +259,48 @@ def low_word(x):
 
 @compiled
 def run_unpack(out, x):
-    store_i32x8(out, scale_pairs(low_word(x)))
+    sixteen = load_u8x16(x)
+    store_i32x8(out, low_pairs_u8x16(sixteen))
     store_u8x64(out + 64, join_u8x32(nibbles_u8x32(load_u8x16(x)), nibbles_u8x32(load_u8x16(x + 16))))
-    store_u8x64(out + 128, shifted_bits(load_u8x32(x), np.uint8(2), np.uint8(4), np.uint8(3), np.uint8(4)))
+    store_u8x64(out + 128, rotate_u8x32(load_u8x32(x), 2, -4))
     store_u8x64(out + 192, join_u8x32(bits_u8x32(load_u32(x)), load_u8x32(x)))
     store_i16x16(out + 256, i16_of_i8x16(load_i8x16(x)))
-    both = widen_u64x2(low_word(x), low_word(x + 8))
+    both = i16_of_u8x16(sixteen)
     store_i16x16(out + 288, both)
     store_i16x16(out + 320, twice_low(both))
     store_i16x16(out + 352, twice_high(both))
+    store_i16x16(out + 384, i16_of_u8x16(weave_u64(low_word(x), low_word(x + 8))))
+    store_u8x64(out + 448, pick_bits(load_u8x32(x), np.uint8(4), np.uint8(128)))
 
 
 def test_unpacking() -> None:
     x = np.random.default_rng(2).integers(0, 256, 32, dtype=np.uint8)
-    out = np.zeros(384, np.uint8)
+    out = np.zeros(512, np.uint8)
     run_unpack(address(out), address(x))
     low, high = (x & 15).tolist(), (x >> 4).tolist()
     assert out[:32].view(np.uint16).tolist() == [b for b in x[:8].tolist() for _ in range(2)]
     assert out[64:128].tolist() == low[:16] + high[:16] + low[16:] + high[16:]
-    assert out[128:192].tolist() == [(b >> 2 & 3) << 4 for b in x.tolist()] + [(b >> 4 & 3) << 4 for b in x.tolist()]
+    words = [int.from_bytes(x[i : i + 8].tobytes(), "little") for i in range(0, 32, 8)]
+    rotated = [word << by | word >> 64 - by for by in (2, 60) for word in words]
+    assert out[128:192].view(np.uint64).tolist() == [word % 2**64 for word in rotated]
     word = int.from_bytes(x[:4].tobytes(), "little")
     assert out[192:224].tolist() == [word >> i & 1 for i in range(32)]
     assert out[224:256].tolist() == x.tolist()
     assert out[256:288].view(np.int16).tolist() == x[:16].view(np.int8).tolist()
     assert out[288:320].view(np.int16).tolist() == x[:16].tolist()
     assert out[320:352].view(np.int16).tolist() == [b for b in x[:8].tolist() for _ in range(2)]
-    assert out[352:].view(np.int16).tolist() == [b for b in x[8:16].tolist() for _ in range(2)]
+    assert out[352:384].view(np.int16).tolist() == [b for b in x[8:16].tolist() for _ in range(2)]
+    assert out[384:416].view(np.int16).tolist() == [*x[:4], *x[8:12], *x[4:8], *x[12:16]]
+    assert out[448:].tolist() == [16 * (b >> 2 & 1) for b in x.tolist()] + [16 * (b >> 7) for b in x.tolist()]
 
 
 def scaled_dots(dot: Any, name: str) -> Any:
     """A kernel of both halves of a group for two tokens."""
 
     def run(out, start, u, s, scales):
-        acc, for_ = tile_load(tile_i32(2), start, 64), load_i16x16(scales)
-        tile_store(out, 64, dot(acc, load_u8x64(u), load_u8x64(u + 64), for_, 0, s, 128))
-        tile_store(out + 128, 64, dot(acc, load_u8x64(u), load_u8x64(u + 64), for_, 1, s, 128))
+        acc, sixteen = tile_load(tile_i32(2), start, 64), load_i16x16(scales)
+        tile_store(out, 64, dot(acc, load_u8x64(u), load_u8x64(u + 64), sixteen, 0, s, 128))
+        tile_store(out + 128, 64, dot(acc, load_u8x64(u), load_u8x64(u + 64), sixteen, 1, s, 128))
 
     return kernel(*(types.int64,) * 5, name=f"scaled_dots_{name}")(run)
 
@@ -300,7 +309,7 @@ def scaled_dots(dot: Any, name: str) -> Any:
 def run_half_dots(out, u, s, scales, words):
     acc = dot_u7s8_half(zero_i32x8(), load_u8x32(u), load_i8x32(s), scales)
     store_i32x8(out, dot_u7s8_half(acc, load_u8x32(u + 32), load_i8x32(s + 32), scales + 4))
-    sums = dot_i16x8(zero_i32x4(), i16x8_of_bytes(low_word(words)), load_i16x8(words + 8))
+    sums = dot_i16x8(zero_i32x4(), high_i16_u8x16(load_u8x16(words)), load_i16x8(words + 16))
     store_f32(out + 32, add_lanes_f32x4(f32_of_i32x4(sums)))
 
 
@@ -312,7 +321,7 @@ def test_half_dots(extreme: bool) -> None:
     s = np.full(64, -127, np.int8) if extreme else rng.integers(-127, 128, 64, dtype=np.int8)
     scales = np.full(2, 63, np.int16) if extreme else rng.integers(0, 64, 2, dtype=np.int16)
     mins, sums = rng.integers(0, 64, 8, dtype=np.uint8), rng.integers(-4064, 4065, 8, dtype=np.int16)
-    words = np.concatenate([mins, sums.view(np.uint8)])
+    words = np.concatenate([np.zeros(8, np.uint8), mins, sums.view(np.uint8)])
     out = np.zeros(9, np.int32)
     run_half_dots(address(out), address(u), address(s), address(np.repeat(scales, 2)), address(words))
     products = (u.astype(int) * s.astype(int)).reshape(2, 8, 4).sum(axis=2)

@@ -10,6 +10,7 @@ from conftest import Tiny
 
 from llmq import Sampling, load, speed
 from llmq.cache import KVRing
+from llmq.kernels.kv import F16_KV
 from llmq.config import read_config
 from llmq.engine.cpu import Engine
 from llmq.formats import F32, Q4_K, Q6_K, Q8_0
@@ -132,7 +133,7 @@ def test_synthetic_layers_give_numbers() -> None:
     gguf = synthetic_layers(2)
     config = speed._layers(2)
     engine = Engine(gguf, config, 2)
-    ring = KVRing(config, 16, 0, engine.batch)
+    ring = KVRing(config, 16, 0, engine.batch, F16_KV)
     logits = engine.forward([1, 2, 3], range(3), [ring] * 3, [0, 1, 2])
     engine.close()
     assert np.isfinite(logits).all()

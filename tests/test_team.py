@@ -116,6 +116,7 @@ from llmq.cache import KVRing
 from llmq.config import read_config
 from llmq.engine.cpu import Engine
 from llmq.gguf import open_gguf
+from llmq.kernels.kv import F16_KV
 
 gguf = open_gguf(sys.argv[1])
 config = read_config(gguf)
@@ -123,7 +124,7 @@ running = Engine(gguf, config, int(sys.argv[2]))
 ids = np.random.default_rng(0).integers(3, config.vocab_size, 40).tolist()
 
 def logits():
-    ring = KVRing(config, 512, 0, 512)
+    ring = KVRing(config, 512, 0, 512, F16_KV)
     for first in range(0, 40, 4):
         part = ids[first : first + 4]
         outputs = [3] if first == 36 else []
@@ -167,7 +168,7 @@ class Interrupted:
         pass
 
 many = np.random.default_rng(1).integers(3, config.vocab_size, 400).tolist()
-ring = KVRing(config, 512, 0, 512)
+ring = KVRing(config, 512, 0, 512, F16_KV)
 for _ in range(5):
     logits()  # so that the workers spin, and take up the job at once
     running._team._wake = Interrupted(running._team._wake)

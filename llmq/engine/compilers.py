@@ -32,7 +32,7 @@ MAX_HELPERS = 3
 HELPER_BYTES = 2**30
 # Far more than any kernel takes: a helper that needs longer has been stopped.
 PATIENCE = 120.0
-# Isolated: nothing that lies in the current folder, or that a variable names, is imported.
+# Isolated, and told where to look: nothing that lies in the current folder is imported.
 HELPER = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from llmq.engine.compilers import help_out; help_out()"
 )
@@ -85,9 +85,14 @@ def _n_helpers(n_missing: int) -> int:
     return min(MAX_HELPERS, n_missing - 1, usable_cores() - 1, psutil.virtual_memory().available // HELPER_BYTES)
 
 
+def search_path() -> list[str]:
+    """Where a helper finds this package and what it needs: never "", which is the current folder of the moment."""
+    return [str(Path(__file__).parents[2]), *(str(entry) for entry in sys.path if entry)]
+
+
 def _start_helpers(helpers: list[subprocess.Popen[bytes]], count: int, arguments: list[str], queue: int) -> None:
     """Append to `helpers` what can be started; each is there before an interrupt could lose sight of it."""
-    command = [sys.executable, "-I", "-c", HELPER, json.dumps([*map(str, sys.path)]), *arguments]
+    command = [sys.executable, "-I", "-c", HELPER, json.dumps(search_path()), *arguments]
     null, hidden = subprocess.DEVNULL, getattr(subprocess, "CREATE_NO_WINDOW", 0)
     with contextlib.suppress(OSError):
         while len(helpers) < count:

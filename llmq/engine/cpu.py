@@ -39,7 +39,7 @@ class Engine:
         self, gguf: GGUF, config: ModelConfig, n_threads: int, batch: int = BATCH, kv: KVFormat = F16_KV
     ) -> None:
         assert config.head_dim <= HEAD_DIM_LIMIT, config.head_dim
-        self.config, self.batch, self.n_threads = config, batch, n_threads
+        self.config, self.batch, self.n_threads, self.kv = config, batch, n_threads, kv
         compile_together(matrix_formats(gguf), gguf.tensors["token_embd.weight"].format, kv)
         self.plan: Plan = make_plan(gguf, config)
         self._layer_bytes = self.plan.layer_bytes
@@ -57,6 +57,10 @@ class Engine:
         ):  # fmt: skip
             self._job[name] = value
         self._make_room(1)
+
+    def ring(self, n_ctx: int) -> KVRing:
+        """Room for one conversation of up to `n_ctx` positions."""
+        return KVRing(self.config, n_ctx, self.config.window, self.batch, self.kv)
 
     def forward(
         self,

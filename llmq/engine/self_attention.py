@@ -15,7 +15,7 @@ FAR = 2**62  # past every position
 
 @jit
 def project_qkv(job, layer, phase, tile, panel):
-    """q, k, v = normed times three matrices, as one list of 16-row strips."""
+    """q, k, v = normed times three matrices, as one list of strips of ROWS rows."""
     nq, nk = n_blocks(layer.attn_q.rows, ROWS), n_blocks(layer.attn_k.rows, ROWS)
     n_items = nq + nk + n_blocks(layer.attn_v.rows, ROWS)
     begin, end = take(job, phase, n_items, 0)

@@ -34,6 +34,8 @@ from llmq.simd import (
 
 FLOAT, K, BLOCK = 0, 1, 2
 GROUP_BYTES = (1024, 320, 320)
+FLOAT_STEP, K_STEP, BLOCK_STEP = GROUP_BYTES
+assert K_STEP == BLOCK_STEP
 SUMS32, SUMS16, VALUES = 16, 32, 64  # offsets in K groups; q lies at VALUES in BLOCK groups too
 SUMS = 32  # offset in BLOCK groups
 
@@ -112,7 +114,7 @@ def prepare_group(out, kind, x, n):
 @kernel(*PREPARE_TYPES, name="prepare")
 def prepare(out, kind, x, n, n_tokens):
     """Rows x [n_tokens][n] of floats to groups [ceil(n / 256)][n_tokens] of `kind` at `out`."""
-    size = 1024 if kind == FLOAT else 320
+    size = FLOAT_STEP if kind == FLOAT else K_STEP
     for token in range(n_tokens):
         for group in range((n + 255) // 256):
             at = out + (group * n_tokens + token) * size

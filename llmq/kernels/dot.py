@@ -9,7 +9,7 @@ from typing import Any
 from numba import types
 
 from llmq.jit import Kernel, jit, kernel
-from llmq.kernels.rows import FOUR, RowProducts, row_products
+from llmq.kernels.rows import SHARED, RowProducts, row_products
 from llmq.kernels.unpack import GROUP, BlockFormat, FloatFormat, KFormat, group_bytes
 from llmq.simd import (
     ROWS,
@@ -26,8 +26,9 @@ from llmq.simd import (
 # More tokens than this go faster by panels.
 FEW = 8
 AHEAD = 8192  # bytes: how far before its use a row is asked for from memory
+AHEAD_ROWS = 4  # the same where a few of a row's groups are met at a time: that many rows
 CACHED = 24 * 1024  # bytes of activations that stay in the first-level cache beside what streams through it
-ROW_STATE = 2 * FOUR * 64  # bytes: two tiles of sums that wait
+ROW_STATE = 2 * SHARED * 64  # bytes: two tiles of sums that wait
 
 # out, w, row_bytes, n_rows, x, x_stride, n_tokens, n_groups, tail_bytes
 DOT_TYPES = (types.int64,) * 9
@@ -64,16 +65,18 @@ def _make_four(products: RowProducts, size: int, has_tail: bool) -> Any:
 
     @jit
     def add(state, w, x, n_groups, ahead):
-        first = tile_load(tile_f32(lanes, FOUR), state, 64)
-        second = tile_load(tile_f32(lanes2, FOUR), state + ROW_STATE // 2, 64)
+        first = tile_load(tile_f32(lanes, SHARED), state, 64)
+        second = tile_load(tile_f32(lanes2, SHARED), state + ROW_STATE // 2, 64)
         first, second = rows(first, second, w, x, four_bytes, n_groups, ahead)
         tile_store(state, 64, first)
         tile_store(state + ROW_STATE // 2, 64, second)
-        return tile_sums(FOUR, first, second)
 
     @jit
-    def put(out, sums):
-        for i in range(FOUR):
+    def put(out, state):
+        first = tile_load(tile_f32(lanes, SHARED), state, 64)
+        second = tile_load(tile_f32(lanes2, SHARED), state + ROW_STATE // 2, 64)
+        sums = tile_sums(SHARED, first, second)
+        for i in range(SHARED):
             store_f32(out + 4 * ROWS * i, sums[i])
 
     @jit
@@ -86,13 +89,15 @@ def _make_four(products: RowProducts, size: int, has_tail: bool) -> Any:
                 arrange(arranged + i * four_bytes, x + (g + i) * x_stride)
             for r in range(n_rows):
                 at = w + r * row_bytes + g * size
-                put(out + 4 * r, add(state + r * ROW_STATE, at, arranged, part, 4 * row_bytes))
+                add(state + r * ROW_STATE, at, arranged, part, AHEAD_ROWS * row_bytes)
         if has_tail and tail_bytes:
             arrange(arranged, x + n_groups * x_stride)
             for r in range(n_rows):
                 clear_bytes(padded, size)
                 copy_bytes(padded, w + r * row_bytes + n_groups * size, tail_bytes)
-                put(out + 4 * r, add(state + r * ROW_STATE, padded, arranged, 1, 0))
+                add(state + r * ROW_STATE, padded, arranged, 1, 0)
+        for r in range(n_rows):
+            put(out + 4 * r, state + r * ROW_STATE)
 
     return four
 
@@ -110,7 +115,7 @@ def make_dot(unpack: KFormat | BlockFormat | FloatFormat) -> Kernel:
         if n_tokens == 1:
             one(out, w, row_bytes, n_rows, x, x_stride, n_groups, tail_bytes)
         else:
-            for t in range(0, n_tokens, FOUR):
+            for t in range(0, n_tokens, SHARED):
                 four(out + 4 * ROWS * t, w, row_bytes, n_rows, x + t * step, x_stride, n_groups, tail_bytes)
 
     return kernel(*DOT_TYPES, name=f"dot_{unpack.format.name.lower()}")(dot)

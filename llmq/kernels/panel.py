@@ -1,7 +1,7 @@
 """Many tokens: a strip of rows by 256 weights is unpacked once into a panel, then every token runs over it.
 
 A panel lies in the first-level cache with rows as lanes, so that a token's activation word is broadcast from memory and
-no sum has to cross lanes. All parts come as vectors of 16 rows, those of a strip (one or two) side by side:
+no sum has to cross lanes. All parts come as vectors of 16 rows, those of a strip (four or one) side by side:
 
   0        64 times rows x 4 weights, bytes (or, for float formats, 256 times rows x 1 float)
   SCALES   i32 scales, per 32 or 16 weights (K); f32 d of 8 blocks, then f32 c of 8 blocks (blocks of 32)
@@ -18,7 +18,7 @@ import numpy as np
 from numba import types
 
 from llmq.jit import Kernel, jit, kernel
-from llmq.kernels.activation import BLOCK, FLOAT, GROUP_BYTES, SUMS, SUMS16, SUMS32, VALUES, K
+from llmq.kernels.activation import BLOCK_STEP, FLOAT_STEP, K_STEP, SUMS, SUMS16, SUMS32, VALUES
 from llmq.kernels.unpack import BlockFormat, FloatFormat, KFormat, group_bytes, is_signed, product_lanes
 from llmq.simd import (
     ROWS,
@@ -58,8 +58,6 @@ SCALES = 64 * LINE
 MINS = SCALES + 16 * LINE
 FACTORS = MINS + 8 * LINE
 PANEL_BYTES = 256 * LINE  # the float panel is the largest
-# Bytes from one token's group to the next one's: constants, so that a tile's addresses need no arithmetic.
-K_STEP, BLOCK_STEP, FLOAT_STEP = GROUP_BYTES[K], GROUP_BYTES[BLOCK], GROUP_BYTES[FLOAT]
 
 # out, w, row_bytes, n_rows, x, x_stride, n_tokens, n_groups, tail_bytes, panel
 PANEL_TYPES = (types.int64,) * 10
@@ -261,12 +259,12 @@ def make_panel(unpack: KFormat | BlockFormat | FloatFormat) -> Kernel:
     size = group_bytes(unpack.format)
     make_pack, make_tile, step = MAKERS[type(unpack)]
     pack, tile = make_pack(unpack), make_tile(unpack)
-    padded_bytes, ahead = ROWS * size, TOKENS * step
+    padded_bytes, tile_x_bytes = ROWS * size, TOKENS * step
 
     @jit
     def sweep(out, panel, x, n_tokens):
         for t in range(0, n_tokens, TOKENS):
-            prefetch(x + (t + TOKENS) * step, ahead)
+            prefetch(x + (t + TOKENS) * step, tile_x_bytes)
             prefetch(out + LINE * (t + TOKENS), TILE)
             tile(out + LINE * t, panel, x + t * step)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmq.jit import jit
-from llmq.kernels.activation import BLOCK, FLOAT, GROUP_BYTES, SUMS, SUMS16, SUMS32, VALUES, K
+from llmq.kernels.activation import BLOCK_STEP, FLOAT_STEP, K_STEP, SUMS, SUMS16, SUMS32, VALUES
 from llmq.kernels.unpack import BlockFormat, FloatFormat, KFormat, group_bytes, is_signed, product_lanes
 from llmq.simd import (
     SIGNED,
@@ -21,12 +21,12 @@ from llmq.simd import (
     f32_of_i32x8,
     fma4,
     fma8,
-    i16x8_of_bytes,
+    high_i16_u8x16,
     load_f32,
     load_i8x32,
     load_i16x8,
+    low_pairs_u8x16,
     prefetch,
-    scale_pairs,
     splat_f32x4,
     splat_f32x8,
     stack,
@@ -50,8 +50,7 @@ from llmq.simd import (
     zero_i32x8,
 )
 
-FOUR = 4
-K_STEP, BLOCK_STEP, FLOAT_STEP = GROUP_BYTES[K], GROUP_BYTES[BLOCK], GROUP_BYTES[FLOAT]
+SHARED = 4  # tokens that share an unpacked row; a vector holds the sums of one, two or four of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,15 +89,15 @@ def _k32_row(unpack: KFormat, size: int) -> Any:
         for _ in range(n_groups):
             prefetch(w + ahead, size)
             d, dm = factors(w)
-            scales, mins = words(w)
-            store_i32x8(pairs, scale_pairs(scales))
+            scales_mins = words(w)
+            store_i32x8(pairs, low_pairs_u8x16(scales_mins))
             dx, q = load_f32(x), x + VALUES
             even, odd = quarter(zero_i32x8(), zero_i32x8(), w, 0, q, pairs)
             even, odd = quarter(even, odd, w, 1, q, pairs)
             even, odd = quarter(even, odd, w, 2, q, pairs)
             even, odd = quarter(even, odd, w, 3, q, pairs)
             acc = fma8(f32_of_i32x8(add_halves(even, odd)), splat_f32x8(d * dx), acc)
-            sums = dot_i16x8(zero_i32x4(), i16x8_of_bytes(mins), load_i16x8(x + SUMS32))
+            sums = dot_i16x8(zero_i32x4(), high_i16_u8x16(scales_mins), load_i16x8(x + SUMS32))
             below = fma4(f32_of_i32x4(sums), splat_f32x4(-dm * dx), below)
             w += size
             x += x_stride
@@ -115,7 +114,7 @@ def _k_mins(unpack: KFormat) -> Any:
 
     @jit
     def mins(w):
-        return i16x8_of_bytes(words(w)[1])
+        return high_i16_u8x16(words(w))
 
     return mins
 
@@ -142,8 +141,8 @@ def _one_layout(unpack: KFormat) -> Layout:
 def _four_layout(unpack: KFormat) -> Layout:
     """f32 [4][lanes] | f32 [4][lanes2] | i16 sums [4][scales] | i8 [4][256]; floats are each token's, over and over."""
     lanes, lanes2 = _lanes(unpack)
-    floats2, sums = 4 * FOUR * lanes, 4 * FOUR * (lanes + lanes2)
-    return Layout((lanes, lanes2), floats2, sums, sums + 4 * FOUR * lanes2, 256)
+    floats2, sums = 4 * SHARED * lanes, 4 * SHARED * (lanes + lanes2)
+    return Layout((lanes, lanes2), floats2, sums, sums + 4 * SHARED * lanes2, 256)
 
 
 def _is_crossed(unpack: KFormat) -> bool:
@@ -166,7 +165,7 @@ def _k_arrange(unpack: KFormat) -> Any:
 
     @jit
     def arrange(to, x):
-        for t in range(FOUR):
+        for t in range(SHARED):
             at, q = x + t * K_STEP, to + values + 256 * t
             fill(to + 4 * lanes * t, lanes, load_f32(at))
             fill(to + floats2 + 4 * lanes2 * t, lanes2, load_f32(at))
@@ -182,7 +181,7 @@ def _k_arrange(unpack: KFormat) -> Any:
 
 def _k_rows(unpack: KFormat, size: int, n: int) -> Any:
     """d * sum(scale * (u . q)) - dm * sum(min * sum(q)), in integers within a group."""
-    crossed, layout = n == FOUR and _is_crossed(unpack), (_four_layout if n == FOUR else _one_layout)(unpack)
+    crossed, layout = n == SHARED and _is_crossed(unpack), (_four_layout if n == SHARED else _one_layout)(unpack)
     floats2, sums, values, step = layout.floats2, layout.sums, layout.values, layout.step
     lanes, wide, scales, mins = product_lanes(unpack), unpack.wide, unpack.scales, _k_mins(unpack)
     factors, signed = unpack.factors, is_signed(unpack)
@@ -268,10 +267,10 @@ def row_products(unpack: KFormat | BlockFormat | FloatFormat) -> RowProducts:
     size = group_bytes(unpack.format)
     if isinstance(unpack, KFormat):
         one = _k32_row(unpack, size) if _is_crossed(unpack) else _k_rows(unpack, size, 1)
-        four, four_bytes = _k_rows(unpack, size, FOUR), _four_layout(unpack).values + FOUR * 256
+        four, four_bytes = _k_rows(unpack, size, SHARED), _four_layout(unpack).values + SHARED * 256
         return RowProducts(_lanes(unpack), one, four, _k_arrange(unpack), K_STEP, four_bytes)
     if isinstance(unpack, BlockFormat):
-        one, four = (_block_rows(unpack, size, n) for n in (1, FOUR))
-        return RowProducts((16, 8), one, four, _as_they_lie(FOUR * BLOCK_STEP), BLOCK_STEP, FOUR * BLOCK_STEP)
+        one, four = (_block_rows(unpack, size, n) for n in (1, SHARED))
+        return RowProducts((16, 8), one, four, _as_they_lie(SHARED * BLOCK_STEP), BLOCK_STEP, SHARED * BLOCK_STEP)
     rows = _float_rows(unpack, size)
-    return RowProducts((16, 16), rows, rows, _as_they_lie(FOUR * FLOAT_STEP), FLOAT_STEP, FOUR * FLOAT_STEP)
+    return RowProducts((16, 16), rows, rows, _as_they_lie(SHARED * FLOAT_STEP), FLOAT_STEP, SHARED * FLOAT_STEP)

@@ -22,12 +22,14 @@ from llmq.simd import (
     f32_of_bf16x16,
     gather_f16x8,
     i16_of_i8x16,
+    i16_of_u8x16,
     join_u8x32,
     load_f16,
     load_f16_pair,
     load_f16x16,
     load_f32x16,
     load_i8x16,
+    load_i64,
     load_u8x16,
     load_u8x32,
     load_u8x64,
@@ -35,13 +37,13 @@ from llmq.simd import (
     load_u32,
     nibbles_u8x32,
     pick_bits,
-    shifted_bits,
+    rotate_u8x32,
     splat_f32x8,
     splat_u8x32,
     splat_u8x64,
     twice_high,
     twice_low,
-    widen_u64x2,
+    weave_u64,
 )
 
 GROUP = 256
@@ -64,7 +66,7 @@ class KFormat:
     mins: Callable[..., Any]  # (w) -> i16x16, one per 16 weights
     factors: Callable[..., Any]  # (w) -> d, dm
     halves: Callable[..., Any] | None = None  # (w, j) -> u8x32, u8x32
-    words: Callable[..., Any] | None = None  # (w) -> u64, u64
+    words: Callable[..., Any] | None = None  # (w) -> u8x16
     wide: Callable[..., Any] | None = None  # (w, j) -> u8x64, u8x64
     centre: int = 0  # not 0: mins and factors say x = d * scale * (u - centre)
 
@@ -89,35 +91,28 @@ class FloatFormat:
     lanes: Callable[..., Any]  # (address) -> f32x16
 
 
-# Q4_K and Q5_K keep 8 scales and 8 mins of 6 bits in 12 bytes. As three little-endian words a, b, c:
-#   a: byte i holds  hh ssssss   scale i      (i = 0..3), h = bits 4, 5 of scale i+4
-#   b: byte i holds  hh mmmmmm   min i                  , h = bits 4, 5 of min i+4
-#   c: byte i holds  mmmm ssss   low 4 bits of min i+4 and scale i+4
-LOW6, LOW4, LOW2 = np.uint32(0x3F3F3F3F), np.uint32(0x0F0F0F0F), np.uint32(0x03030303)
+# Q4_K and Q5_K keep 8 scales and 8 mins of 6 bits in 12 bytes. As little-endian words, ab of eight and c of four:
+#   ab: byte i holds  hh ssssss   scale i (i = 0..3) or min i - 4 (i = 4..7), h = bits 4, 5 of that four further on
+#   c:  byte i holds  mmmm ssss   low 4 bits of min i+4 and scale i+4
+LOW6, LOW4, HIGH2 = np.uint64(0x3F3F3F3F3F3F3F3F), np.uint64(0x0F0F0F0F0F0F0F0F), np.uint64(0x3030303030303030)
 
 
 @jit
 def k45_words(w):
-    """The eight scales and the eight mins, as the bytes of two words."""
-    a, b, c = load_u32(w + 4), load_u32(w + 8), load_u32(w + 12)
-    scales = (c & LOW4) | (((a >> np.uint32(6)) & LOW2) << np.uint32(4))
-    mins = ((c >> np.uint32(4)) & LOW4) | (((b >> np.uint32(6)) & LOW2) << np.uint32(4))
-    return (
-        np.uint64(a & LOW6) | (np.uint64(scales) << np.uint64(32)),
-        np.uint64(b & LOW6) | (np.uint64(mins) << np.uint64(32)),
-    )
+    """The eight scales and the eight mins."""
+    ab, c = np.uint64(load_i64(w + 4)), np.uint64(load_u32(w + 12))
+    low_bits = (c | (c << np.uint64(28))) & LOW4  # those of the scales, then those of the mins
+    return weave_u64(ab & LOW6, low_bits | ((ab >> np.uint64(2)) & HIGH2))
 
 
 @jit
 def k45_scales(w):
-    scales, mins = k45_words(w)
-    return twice_low(widen_u64x2(scales, mins))
+    return twice_low(i16_of_u8x16(k45_words(w)))
 
 
 @jit
 def k45_mins(w):
-    scales, mins = k45_words(w)
-    return twice_high(widen_u64x2(scales, mins))
+    return twice_high(i16_of_u8x16(k45_words(w)))
 
 
 @jit
@@ -171,19 +166,15 @@ def q5_k_wide(w, j):
 
 @jit
 def q6_k_lanes(w, j):
-    half, shift = j >> 1, np.uint8(4 * (j & 1))
-    low = (load_u8x64(w + 64 * half) >> splat_u8x64(shift)) & splat_u8x64(np.uint8(15))
-    upper = load_u8x32(w + 128 + 32 * half)
-    return low | shifted_bits(upper, shift, shift + np.uint8(2), np.uint8(3), np.uint8(4))
+    """Byte i of the upper bits has those of weights i, i + 32, i + 64 and i + 96 of 128, from the lowest on."""
+    half, shift = j >> 1, 4 * (j & 1)
+    low = (load_u8x64(w + 64 * half) >> splat_u8x64(np.uint8(shift))) & splat_u8x64(np.uint8(15))
+    upper = rotate_u8x32(load_u8x32(w + 128 + 32 * half), 4 - shift, 2 - shift)
+    return low | (upper & splat_u8x64(np.uint8(0x30)))
 
 
 @jit
 def q6_k_scales(w):
-    return i16_of_i8x16(load_i8x16(w + 192))
-
-
-@jit
-def q6_k_mins(w):
     return i16_of_i8x16(load_i8x16(w + 192))
 
 
@@ -281,7 +272,7 @@ UNPACK: dict[int, KFormat | BlockFormat | FloatFormat] = {
     for unpack in (
         KFormat(Q4_K, 32, 15, q4_k_lanes, k45_scales, k45_mins, k45_factors, q4_k_halves, k45_words, q4_k_wide),
         KFormat(Q5_K, 32, 31, q5_k_lanes, k45_scales, k45_mins, k45_factors, q5_k_halves, k45_words, q5_k_wide),
-        KFormat(Q6_K, 16, 63, q6_k_lanes, q6_k_scales, q6_k_mins, q6_k_factors, centre=32),
+        KFormat(Q6_K, 16, 63, q6_k_lanes, q6_k_scales, q6_k_scales, q6_k_factors, centre=32),
         centred(Q8_0, 255, q8_0_lanes, 128),
         centred(Q4_0, 15, q4_0_lanes, 8),
         with_minimum(Q4_1, 15, q4_1_lanes),

@@ -35,7 +35,6 @@ from llmq.simd.basics import (
     load_i16,
     load_i16x8,
     load_i16x16,
-    load_i16x32,
     load_i32,
     load_i32x16,
     load_i64,
@@ -126,18 +125,19 @@ from llmq.simd.tile import (
 )
 from llmq.simd.unpack import (
     bits_u8x32,
-    i16x8_of_bytes,
+    high_i16_u8x16,
+    i16_of_u8x16,
     join_u8x32,
+    low_pairs_u8x16,
     nibbles_u8x32,
     pair_f32x16,
     pick_bits,
-    scale_pairs,
-    shifted_bits,
+    rotate_u8x32,
     transpose_f32,
     transpose_i32,
     twice_high,
     twice_low,
     weave_i32,
-    widen_u64x2,
+    weave_u64,
 )
 from llmq.simd.vector import ADDRESS, F16, F32, I64, ISA, SIGNED, f32x16, i8x16, i16x16, ll, pointer, splat, u8x64

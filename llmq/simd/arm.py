@@ -9,7 +9,20 @@ from typing import Any
 
 from llvmlite import ir
 
-from llmq.simd.vector import I8, I16, I32, I64, ISA, call_intrinsic, concat, pointer, shuffle, slices, splat
+from llmq.simd.vector import (
+    I8,
+    I16,
+    I32,
+    ISA,
+    call_intrinsic,
+    concat,
+    multiply_add,
+    offset_by,
+    pointer,
+    shuffle,
+    slices,
+    splat,
+)
 
 BYTES, HALVES, WORDS = ir.VectorType(I8, 16), ir.VectorType(I16, 8), ir.VectorType(I32, 4)
 ZERO = ir.Constant(WORDS, None)
@@ -69,7 +82,7 @@ def add_blocks(b: Any, acc: Any, sums: Any, factors: Any, first: int) -> Any:
     for i in range(2):
         block = b.sitofp(b.add(parts[2 * i], parts[2 * i + 1]), totals[i].type)
         factor = shuffle(b, factors, factors, [first + i] * 4)
-        totals[i] = call_intrinsic(b, "llvm.fma.v4f32", totals[i].type, block, factor, totals[i])
+        totals[i] = multiply_add(b, block, factor, totals[i])
     return concat(b, totals)
 
 
@@ -98,12 +111,8 @@ def dot_pair(b: Any, acc: Any, x: Any, at: Any) -> Any:
     return acc
 
 
-def _at(b: Any, base: Any, offset: int) -> Any:
-    return b.add(base, ir.Constant(I64, offset)) if offset else base
-
-
 def _registers(b: Any, at: Any, t: ir.Type, n: int) -> list[Any]:
-    return [b.load(pointer(b, _at(b, at, 16 * i), t), align=1) for i in range(n)]
+    return [b.load(pointer(b, offset_by(b, at, 16 * i), t), align=1) for i in range(n)]
 
 
 def _both(b: Any, x: Any, y: Any, low: Sequence[int], high: Sequence[int]) -> tuple[Any, Any]:
@@ -154,12 +163,12 @@ def _products(b: Any, n: int, w: Any, x: Any, step: int, n_blocks: int) -> Itera
 
     A register holds the sums of one token, or (BLOCKS) of two tokens and two rows.
     """
-    tokens = [_registers(b, _at(b, x, step * t), WORDS, n_blocks) for t in range(n)]
+    tokens = [_registers(b, offset_by(b, x, step * t), WORDS, n_blocks) for t in range(n)]
     multiply = _pair_products if BLOCKS else _word_products
     for quarter in range(4):
         acc = [ZERO] * n
         for block in range(n_blocks):
-            weights = _registers(b, _at(b, w, 256 * block + 64 * quarter), BYTES, 4)
+            weights = _registers(b, offset_by(b, w, 256 * block + 64 * quarter), BYTES, 4)
             multiply(b, acc, weights, [token[block] for token in tokens])
         yield acc
 
@@ -174,7 +183,7 @@ def add_scaled(b: Any, totals: Sequence[Any], w: Any, x: Any, scales: Any, step:
     """totals += products * the 16 i32 at `scales`; with BLOCKS a total holds what `settle` sorts by tokens."""
     parts = [slices(b, total, 4) for total in totals]
     for quarter, sums in enumerate(_products(b, len(parts), w, x, step, n_blocks)):
-        scale = b.load(pointer(b, _at(b, scales, 16 * quarter), WORDS), align=16)
+        scale = b.load(pointer(b, offset_by(b, scales, 16 * quarter), WORDS), align=16)
         pair = _both(b, scale, scale, (0, 0, 1, 1), (2, 2, 3, 3)) if BLOCKS else (scale, scale)
         for t, value in enumerate(sums):
             parts[t][quarter] = b.add(parts[t][quarter], b.mul(value, pair[t % 2]))

@@ -22,7 +22,7 @@ pause = op(_pause, types.void)
 
 
 @intrinsic
-def prefetch(typingctx: Any, address: Any, n: Any) -> Any:  # noqa: ARG001
+def prefetch(typingctx: Any, address: Any, n: Any) -> Any:
     """A hint that `n` (a literal) bytes at an address will be read soon; any address may be given."""
     count = literal(n)
     if count is None:
@@ -53,7 +53,7 @@ def record_at(dtype: np.dtype) -> Any:
     record = from_dtype(dtype)
 
     @intrinsic
-    def at(typingctx: Any, address: Any) -> Any:  # noqa: ARG001
+    def at(typingctx: Any, address: Any) -> Any:
         def codegen(context: Any, b: Any, _sig: Any, args: Any) -> Any:
             return b.inttoptr(args[0], context.get_value_type(record))
 
@@ -63,7 +63,7 @@ def record_at(dtype: np.dtype) -> Any:
 
 
 @intrinsic
-def stack(typingctx: Any, n: Any) -> Any:  # noqa: ARG001
+def stack(typingctx: Any, n: Any) -> Any:
     """Address of `n` (a literal) bytes on the stack, aligned to 64."""
     count = literal(n)
     if count is None:

@@ -70,7 +70,7 @@ load_f16 = op(lambda b, a: widen(b, b.load(pointer(b, a, I16), align=1)), types.
 
 
 @intrinsic
-def load_f16_pair(typingctx: Any, address: Any) -> Any:  # noqa: ARG001
+def load_f16_pair(typingctx: Any, address: Any) -> Any:
     """Two half floats side by side, as two floats."""
 
     def codegen(context: Any, b: Any, sig: Any, args: Any) -> Any:
@@ -97,7 +97,7 @@ store_f16 = op(_store_one_f16, types.void, ADDRESS, types.float32)
 
 
 @intrinsic
-def gather_f16x8(typingctx: Any, address: Any, step: Any) -> Any:  # noqa: ARG001
+def gather_f16x8(typingctx: Any, address: Any, step: Any) -> Any:
     """Eight half floats, `step` (a literal) bytes apart, as floats."""
     stride = literal(step)
     if stride is None:

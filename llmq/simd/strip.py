@@ -6,7 +6,7 @@ them); a token's word of four activations is broadcast from memory. Tokens lie `
 addresses need no arithmetic.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from llvmlite import ir
@@ -20,11 +20,8 @@ from llmq.simd.vector import (
     ADDRESS,
     F32,
     I32,
-    I64,
     ISA,
     NEON,
-    Vec,
-    call_intrinsic,
     const,
     f32x16,
     i8x64,
@@ -33,58 +30,47 @@ from llmq.simd.vector import (
     intrinsic_of,
     literal,
     ll,
+    multiply_add,
+    offset_by,
     pointer,
     splat,
     u8x64,
+    zeros,
 )
 
-# Two vectors of rows share each broadcast word where registers are many: loads are what bounds a product otherwise.
+# Four vectors of rows share each broadcast word where registers are many: loads are what bounds a product otherwise.
 # Tokens at once: sums and totals of all of them must fit the registers, with the weights and a word beside.
 VECTORS, TOKENS = (4, 3) if ISA == "avx512vnni" else (1, 4)
 ROWS = 16 * VECTORS
 
 
-def _zeros(vec: Vec, n: Any) -> Any:
-    tokens = literal(n)
-    if tokens is None:
-        return None
-    count = tokens * VECTORS
-
-    def codegen(context: Any, b: Any, sig: Any, _args: Any) -> Any:
-        return context.make_tuple(b, sig.return_type, [ir.Constant(ll(vec), None)] * count)
-
-    return signature(types.UniTuple(vec, count), n), codegen
-
-
 @intrinsic
-def strip_i32(typingctx: Any, n: Any) -> Any:  # noqa: ARG001
+def strip_i32(typingctx: Any, n: Any) -> Any:
     """Zero sums of `n` (a literal) tokens."""
-    return _zeros(i32x16, n)
+    tokens = literal(n)
+    return zeros(i32x16, tokens * VECTORS, n) if tokens else None
 
 
 @intrinsic
-def strip_f32(typingctx: Any, n: Any) -> Any:  # noqa: ARG001
+def strip_f32(typingctx: Any, n: Any) -> Any:
     """Zero sums of `n` (a literal) tokens, as floats."""
-    return _zeros(f32x16, n)
-
-
-def _at(b: Any, base: Any, offset: int) -> Any:
-    return b.add(base, ir.Constant(I64, offset)) if offset else base
+    tokens = literal(n)
+    return zeros(f32x16, tokens * VECTORS, n) if tokens else None
 
 
 def _vectors(b: Any, at: Any, t: ir.Type) -> list[Any]:
     """The vectors of a strip's rows at an address."""
-    return [b.load(pointer(b, _at(b, at, 64 * v), t), align=64) for v in range(VECTORS)]
+    return [b.load(pointer(b, offset_by(b, at, 64 * v), t), align=64) for v in range(VECTORS)]
 
 
 def _word(b: Any, x: Any, token: int, step: int, t: ir.Type) -> Any:
-    return splat(b, b.load(pointer(b, _at(b, x, token * step), t), align=4), 16)
+    return splat(b, b.load(pointer(b, offset_by(b, x, token * step), t), align=4), 16)
 
 
 def _strip_op(build: Callable[..., list[Any]], arity: int, others: tuple[Any, ...] = ()) -> Any:
     """An intrinsic strip, *others, *addresses, step (a literal) -> strip; build(b, items, *values, step)."""
 
-    def declare(typingctx: Any, strip: Any, *args: Any) -> Any:  # noqa: ARG001
+    def declare(typingctx: Any, strip: Any, *args: Any) -> Any:
         step = literal(args[-1])
         if step is None:
             return None
@@ -101,6 +87,16 @@ def _strip_op(build: Callable[..., list[Any]], arity: int, others: tuple[Any, ..
     return intrinsic_of(declare, arity)
 
 
+def _products(b: Any, count: int, w: Any, x: Any, step: int, words: range) -> Iterator[tuple[int, Any, Any]]:
+    """What is multiplied: which of the `count` sums, its weights and its token's, for words of four weights in turn."""
+    for k in words:
+        weights = _vectors(b, offset_by(b, w, 64 * VECTORS * k), ll(u8x64))
+        for token in range(count // VECTORS):
+            word = b.bitcast(_word(b, offset_by(b, x, 4 * k), token, step, I32), ll(i8x64))
+            for v in range(VECTORS):
+                yield token * VECTORS + v, weights[v], word
+
+
 def _dot_words(dot: Callable[..., Any], n: int) -> Callable[..., list[Any]]:
     """Sums of 4 * n products: weight vectors at `w`, activations at `x`."""
 
@@ -108,34 +104,24 @@ def _dot_words(dot: Callable[..., Any], n: int) -> Callable[..., list[Any]]:
         if NEON:
             added = arm.strip_products(b, len(sums), w, x, step, n // 4)
             return [b.add(s, product) for s, product in zip(sums, added, strict=True)]
-        for k in range(n):
-            weights = _vectors(b, _at(b, w, 64 * VECTORS * k), ll(u8x64))
-            for token in range(len(sums) // VECTORS):
-                word = b.bitcast(_word(b, _at(b, x, 4 * k), token, step, I32), ll(i8x64))
-                for v in range(VECTORS):
-                    i = token * VECTORS + v
-                    sums[i] = dot(b, sums[i], weights[v], word)
+        for i, weights, word in _products(b, len(sums), w, x, step, range(n)):
+            sums[i] = dot(b, sums[i], weights, word)
         return sums
 
     return build
 
 
 def _dot_runs(n: int, top: int) -> Callable[..., list[Any]]:
-    """The same with 16-bit sums for as long as they hold weights up to `top`; gives (sums of pairs, run) at a time."""
+    """The same with 16-bit sums for as long as they hold weights up to `top`; gives the sums of each run."""
     run = min(n, 32767 // (2 * 127 * top))
 
     def build(b: Any, count: int, w: Any, x: Any, step: int) -> list[list[Any]]:
         runs = []
         for first in range(0, n, run):
             sums: list[Any] = [None] * count
-            for k in range(first, min(first + run, n)):
-                weights = _vectors(b, _at(b, w, 64 * VECTORS * k), ll(u8x64))
-                for token in range(count // VECTORS):
-                    word = b.bitcast(_word(b, _at(b, x, 4 * k), token, step, I32), ll(i8x64))
-                    for v in range(VECTORS):
-                        i = token * VECTORS + v
-                        pairs = multiply_pairs(b, weights[v], word)
-                        sums[i] = pairs if sums[i] is None else b.add(sums[i], pairs)
+            for i, weights, word in _products(b, count, w, x, step, range(first, min(first + run, n))):
+                pairs = multiply_pairs(b, weights, word)
+                sums[i] = pairs if sums[i] is None else b.add(sums[i], pairs)
             runs.append(sums)
         return runs
 
@@ -190,7 +176,7 @@ def strip_dot32(top: int) -> Any:
 
 
 @intrinsic
-def strip_settle(typingctx: Any, strip: Any) -> Any:  # noqa: ARG001
+def strip_settle(typingctx: Any, strip: Any) -> Any:
     """Totals of `strip_add_scaled` with rows as lanes; until then their order is the processor's own."""
 
     def codegen(context: Any, b: Any, sig: Any, values: Any) -> Any:
@@ -214,7 +200,7 @@ def strip_offset(centre: int) -> Any:
 def _dot_pairs(b: Any, sums: list[Any], pairs: Any, x: Any, step: int) -> list[Any]:
     rows = _vectors(b, pairs, ll(i16x32))
     if NEON:
-        return [arm.dot_pair(b, s, rows[0], _at(b, x, t * step)) for t, s in enumerate(sums)]
+        return [arm.dot_pair(b, s, rows[0], offset_by(b, x, t * step)) for t, s in enumerate(sums)]
     words = [b.bitcast(_word(b, x, t, step, I32), ll(i16x32)) for t in range(len(sums) // VECTORS)]
     return [dot_i16(b, s, rows[i % VECTORS], words[i // VECTORS]) for i, s in enumerate(sums)]
 
@@ -223,14 +209,10 @@ def _dot_pairs(b: Any, sums: list[Any], pairs: Any, x: Any, step: int) -> list[A
 strip_dot_pair = _strip_op(_dot_pairs, 4)
 
 
-def _fma(b: Any, x: Any, y: Any, z: Any) -> Any:
-    return call_intrinsic(b, "llvm.fma.v16f32", ll(f32x16), x, y, z)
-
-
 def _fma_word(b: Any, acc: list[Any], w: Any, x: Any, step: int) -> list[Any]:
     rows = _vectors(b, w, ll(f32x16))
     words = [_word(b, x, t, step, F32) for t in range(len(acc) // VECTORS)]
-    return [_fma(b, rows[i % VECTORS], words[i // VECTORS], a) for i, a in enumerate(acc)]
+    return [multiply_add(b, rows[i % VECTORS], words[i // VECTORS], a) for i, a in enumerate(acc)]
 
 
 # acc += (a float of each row) * (a float of each token): acc, rows, activations, step
@@ -243,7 +225,7 @@ def _fma_offset(b: Any, acc: list[Any], w: Any, x: Any, sums: Any, step: int) ->
         b.fmul(b.sitofp(_word(b, sums, t, step, I32), ll(f32x16)), _word(b, x, t, step, F32))
         for t in range(len(acc) // VECTORS)
     ]
-    return [_fma(b, rows[i % VECTORS], words[i // VECTORS], a) for i, a in enumerate(acc)]
+    return [multiply_add(b, rows[i % VECTORS], words[i // VECTORS], a) for i, a in enumerate(acc)]
 
 
 # acc += (a float of each row) * (a float of each token) * (an i32 of each): acc, rows, activations, sums, step
@@ -254,17 +236,17 @@ def _fma_scaled(b: Any, acc: list[Any], sums: list[Any], w: Any, x: Any, step: i
     rows = _vectors(b, w, ll(f32x16))
     words = [_word(b, x, t, step, F32) for t in range(len(acc) // VECTORS)]
     factors = [b.fmul(rows[i % VECTORS], words[i // VECTORS]) for i in range(len(acc))]
-    return [_fma(b, b.sitofp(s, ll(f32x16)), f, a) for s, f, a in zip(sums, factors, acc, strict=True)]
+    return [multiply_add(b, b.sitofp(s, ll(f32x16)), f, a) for s, f, a in zip(sums, factors, acc, strict=True)]
 
 
 def _fma_scaled2(b: Any, acc: list[Any], first: list[Any], second: list[Any], w: Any, x: Any, step: int) -> list[Any]:
-    rows = [_vectors(b, _at(b, w, part * 4 * ROWS), ll(f32x16)) for part in (0, 1)]
+    rows = [_vectors(b, offset_by(b, w, part * 4 * ROWS), ll(f32x16)) for part in (0, 1)]
     words = [_word(b, x, t, step, F32) for t in range(len(acc) // VECTORS)]
     out = []
     for i, old in enumerate(acc):
         value = b.fmul(b.sitofp(first[i], ll(f32x16)), rows[0][i % VECTORS])
-        value = _fma(b, b.sitofp(second[i], ll(f32x16)), rows[1][i % VECTORS], value)
-        out.append(_fma(b, value, words[i // VECTORS], old))
+        value = multiply_add(b, b.sitofp(second[i], ll(f32x16)), rows[1][i % VECTORS], value)
+        out.append(multiply_add(b, value, words[i // VECTORS], old))
     return out
 
 
@@ -275,23 +257,27 @@ strip_fma_scaled2 = _strip_op(_fma_scaled2, 6, (i32x16, i32x16))
 
 
 @intrinsic
-def strip_load(typingctx: Any, strip: Any, at: Any) -> Any:  # noqa: ARG001
+def strip_load(typingctx: Any, strip: Any, at: Any) -> Any:
     """The strip that lies at an address as [token][ROWS]."""
 
     def codegen(context: Any, b: Any, sig: Any, values: Any) -> Any:
-        vectors = [b.load(pointer(b, _at(b, values[1], 64 * i), ll(strip.dtype)), align=64) for i in range(strip.count)]
+        vectors = [
+            b.load(pointer(b, offset_by(b, values[1], 64 * i), ll(strip.dtype)), align=64) for i in range(strip.count)
+        ]
         return context.make_tuple(b, sig.return_type, vectors)
 
     return signature(strip, strip, ADDRESS), codegen
 
 
 @intrinsic
-def strip_store(typingctx: Any, at: Any, strip: Any) -> Any:  # noqa: ARG001
+def strip_store(typingctx: Any, at: Any, strip: Any) -> Any:
     """Write the strip to an address as [token][ROWS]."""
 
     def codegen(context: Any, b: Any, _sig: Any, values: Any) -> Any:
         for i in range(strip.count):
-            b.store(b.extract_value(values[1], i), pointer(b, _at(b, values[0], 64 * i), ll(strip.dtype)), align=64)
+            b.store(
+                b.extract_value(values[1], i), pointer(b, offset_by(b, values[0], 64 * i), ll(strip.dtype)), align=64
+            )
         return context.get_dummy_value()
 
     return signature(types.void, ADDRESS, strip), codegen

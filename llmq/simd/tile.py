@@ -1,4 +1,4 @@
-"""Tiles: a tuple of vectors, for each token (or query) that shares the loaded weights one, a half or a quarter."""
+"""Tiles: a tuple of vectors, in which each token that shares the loaded weights has one, a half or a quarter."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +18,6 @@ from llmq.simd.vector import (
     I64,
     NEON,
     Vec,
-    call_intrinsic,
     concat,
     f32x8,
     f32x16,
@@ -29,42 +28,38 @@ from llmq.simd.vector import (
     intrinsic_of,
     literal,
     ll,
+    multiply_add,
+    offset_by,
     pointer,
     shuffle,
     slices,
     splat,
     u8x64,
+    zeros,
 )
 
 
-def _zero_tile(vec: Vec, count: int, *given: Any) -> Any:
-    def codegen(context: Any, b: Any, sig: Any, _args: Any) -> Any:
-        return context.make_tuple(b, sig.return_type, [ir.Constant(ll(vec), None)] * count)
-
-    return signature(types.UniTuple(vec, count), *given), codegen
-
-
 @intrinsic
-def tile_i32(typingctx: Any, n: Any) -> Any:  # noqa: ARG001
+def tile_i32(typingctx: Any, n: Any) -> Any:
     """Zero sums of `n` (a literal) tokens, 16 lanes each."""
     tokens = literal(n)
-    return _zero_tile(i32x16, tokens, n) if tokens else None
+    return zeros(i32x16, tokens, n) if tokens else None
 
 
 @intrinsic
-def tile_f32(typingctx: Any, lanes: Any, n: Any) -> Any:  # noqa: ARG001
+def tile_f32(typingctx: Any, lanes: Any, n: Any) -> Any:
     """Zero sums of `n` tokens as floats, `lanes` (16, 8 or 4) each, side by side in vectors; both are literals."""
     each, tokens = literal(lanes), literal(n)
     if not each or not tokens:
         return None
     width = min(16, each * tokens)
-    return _zero_tile(Vec(types.float32, width), each * tokens // width, lanes, n)
+    return zeros(Vec(types.float32, width), each * tokens // width, lanes, n)
 
 
 def _each(build: Callable[..., Any], takes: tuple[Any, ...]) -> Any:
     """An intrinsic on a tile: `build(builder, i, acc[i], *values)` gives the new acc[i]."""
 
-    def declare(typingctx: Any, tile: Any, *args: Any) -> Any:  # noqa: ARG001
+    def declare(typingctx: Any, tile: Any, *args: Any) -> Any:
         def codegen(context: Any, b: Any, sig: Any, values: Any) -> Any:
             items = [build(b, i, b.extract_value(values[0], i), *values[1:]) for i in range(tile.count)]
             return context.make_tuple(b, sig.return_type, items)
@@ -75,8 +70,7 @@ def _each(build: Callable[..., Any], takes: tuple[Any, ...]) -> Any:
 
 
 def _at(b: Any, base: Any, stride: Any, i: int, offset: int = 0) -> Any:
-    at = b.add(base, b.mul(stride, ir.Constant(I64, i))) if i else base
-    return b.add(at, ir.Constant(I64, offset)) if offset else at
+    return offset_by(b, b.add(base, b.mul(stride, ir.Constant(I64, i))) if i else base, offset)
 
 
 def _vector(b: Any, base: Any, stride: Any, i: int, t: ir.Type, offset: int = 0) -> Any:
@@ -97,7 +91,7 @@ tile_dot_u8 = _each(_dot(dot_full), (u8x64, ADDRESS, ADDRESS))
 
 
 def _dot_scaled(span: int, crossed: bool) -> Any:
-    def declare(typingctx: Any, tile: Any, low: Any, high: Any, scales: Any, half: Any, *at: Any) -> Any:  # noqa: ARG001
+    def declare(typingctx: Any, tile: Any, low: Any, high: Any, scales: Any, half: Any, *at: Any) -> Any:
         part = literal(half)
         if part is None:
             return None
@@ -124,11 +118,15 @@ tile_dot_crossed32 = _dot_scaled(32, True)
 
 
 def _fold(b: Any, tokens: list[Any], n: int) -> Any:
-    """Lanes of each token's sums added up until `n` are left, side by side in one vector."""
-    while tokens[0].type.count > n:
-        low, high = (concat(b, list(half)) for half in zip(*(slices(b, t, 2) for t in tokens), strict=True))
-        tokens = slices(b, b.add(low, high), len(tokens))
-    return concat(b, tokens)
+    """Lanes of one token's sums added up until `n` are left, or those of two, side by side in one vector."""
+    if len(tokens) == 2:
+        # Halves of both are picked so that one of the two vectors needs no shuffle, but a blend.
+        near, far = [*range(n), *range(3 * n, 4 * n)], [*range(n, 2 * n), *range(2 * n, 3 * n)]
+        return b.add(*(shuffle(b, tokens[0], tokens[1], order) for order in (near, far)))
+    folded = tokens[0]
+    while folded.type.count > n:
+        folded = b.add(*slices(b, folded, 2))
+    return folded
 
 
 def _fma(b: Any, acc: Any, sums: Any, factor: Any, other: Any = None) -> Any:
@@ -136,11 +134,11 @@ def _fma(b: Any, acc: Any, sums: Any, factor: Any, other: Any = None) -> Any:
     value = b.sitofp(sums, acc.type)
     if other is not None:
         value, factor = b.fmul(value, factor), other
-    return call_intrinsic(b, f"llvm.fma.v{acc.type.count}f32", acc.type, value, factor, acc)
+    return multiply_add(b, value, factor, acc)
 
 
 @intrinsic
-def tile_add_scaled(typingctx: Any, tile: Any, sums: Any, factors: Any) -> Any:  # noqa: ARG001
+def tile_add_scaled(typingctx: Any, tile: Any, sums: Any, factors: Any) -> Any:
     """acc += float(sums) * factors, with the sums of each token folded to its lanes of acc."""
     per = sums.count // tile.count
 
@@ -164,7 +162,7 @@ def _dot_mins(b: Any, mins: Any, sums: Any, per: int) -> Any:
 
 
 @intrinsic
-def tile_add_mins(typingctx: Any, tile: Any, mins: Any, sums: Any, factors: Any) -> Any:  # noqa: ARG001
+def tile_add_mins(typingctx: Any, tile: Any, mins: Any, sums: Any, factors: Any) -> Any:
     """acc += float(mins . each token's i16 sums, side by side at `sums`) * factors."""
     lanes = tile.dtype.n
     per = lanes // (mins.n // 2)
@@ -182,7 +180,7 @@ def tile_add_mins(typingctx: Any, tile: Any, mins: Any, sums: Any, factors: Any)
 
 
 @intrinsic
-def tile_splat(typingctx: Any, tile: Any, value: Any) -> Any:  # noqa: ARG001
+def tile_splat(typingctx: Any, tile: Any, value: Any) -> Any:
     """A tile like `tile`, all of it one float."""
 
     def codegen(context: Any, b: Any, sig: Any, values: Any) -> Any:
@@ -192,7 +190,7 @@ def tile_splat(typingctx: Any, tile: Any, value: Any) -> Any:  # noqa: ARG001
 
 
 @intrinsic
-def tile_times(typingctx: Any, tile: Any, value: Any) -> Any:  # noqa: ARG001
+def tile_times(typingctx: Any, tile: Any, value: Any) -> Any:
     """The floats of a tile, each times `value`."""
 
     def codegen(context: Any, b: Any, sig: Any, values: Any) -> Any:
@@ -204,7 +202,7 @@ def tile_times(typingctx: Any, tile: Any, value: Any) -> Any:  # noqa: ARG001
 
 
 @intrinsic
-def tile_add_blocks(ctx: Any, tile: Any, sums: Any, d: Any, part: Any, at: Any, stride: Any) -> Any:  # noqa: ARG001
+def tile_add_blocks(typingctx: Any, tile: Any, sums: Any, d: Any, part: Any, at: Any, stride: Any) -> Any:
     """acc[i] += float(sums[i]) * d * (the eight floats at `at + i * stride`), of blocks 2 * part and 2 * part + 1."""
     first = literal(part)
     if first is None:
@@ -220,14 +218,14 @@ def tile_add_blocks(ctx: Any, tile: Any, sums: Any, d: Any, part: Any, at: Any, 
                 continue
             factor = shuffle(b, scaled, scaled, [2 * first + lane // 8 for lane in range(16)])
             product = b.sitofp(b.extract_value(parts, i), ll(f32x16))
-            items.append(call_intrinsic(b, "llvm.fma.v16f32", ll(f32x16), product, factor, b.extract_value(acc, i)))
+            items.append(multiply_add(b, product, factor, b.extract_value(acc, i)))
         return context.make_tuple(b, sig.return_type, items)
 
     return signature(tile, tile, sums, f32x8, part, ADDRESS, ADDRESS), codegen
 
 
 @intrinsic
-def tile_add_offsets(ctx: Any, tile: Any, c: Any, scales: Any, sums: Any, stride: Any) -> Any:  # noqa: ARG001
+def tile_add_offsets(typingctx: Any, tile: Any, c: Any, scales: Any, sums: Any, stride: Any) -> Any:
     """acc += c * (the eight floats at `scales + i * stride`) * (the eight i32 at `sums + i * stride`)."""
     per = tile.dtype.n // c.n
 
@@ -246,7 +244,7 @@ def tile_add_offsets(ctx: Any, tile: Any, c: Any, scales: Any, sums: Any, stride
 
 
 def _add_product(b: Any, i: int, acc: Any, x: Any, at: Any, stride: Any) -> Any:
-    return call_intrinsic(b, "llvm.fma.v16f32", acc.type, x, _vector(b, at, stride, i, acc.type), acc)
+    return multiply_add(b, x, _vector(b, at, stride, i, acc.type), acc)
 
 
 # acc[i] += x * (the sixteen floats at `at + i * stride`)
@@ -254,7 +252,7 @@ tile_add_product = _each(_add_product, (f32x16, ADDRESS, ADDRESS))
 
 
 @intrinsic
-def tile_sums(typingctx: Any, n: Any, tile: Any, other: Any) -> Any:  # noqa: ARG001
+def tile_sums(typingctx: Any, n: Any, tile: Any, other: Any) -> Any:
     """The lanes of each of `n` (a literal) tokens in both added up, float32s; in one order, whatever surrounds it."""
     tokens = literal(n)
     if tokens is None:
@@ -272,7 +270,7 @@ def tile_sums(typingctx: Any, n: Any, tile: Any, other: Any) -> Any:  # noqa: AR
 
 
 @intrinsic
-def tile_load(typingctx: Any, tile: Any, at: Any, stride: Any) -> Any:  # noqa: ARG001
+def tile_load(typingctx: Any, tile: Any, at: Any, stride: Any) -> Any:
     """A tile like `tile`, from `at`, `at + stride`, ..."""
 
     def codegen(context: Any, b: Any, sig: Any, values: Any) -> Any:
@@ -283,7 +281,7 @@ def tile_load(typingctx: Any, tile: Any, at: Any, stride: Any) -> Any:  # noqa: 
 
 
 @intrinsic
-def tile_store(typingctx: Any, at: Any, stride: Any, tile: Any) -> Any:  # noqa: ARG001
+def tile_store(typingctx: Any, at: Any, stride: Any, tile: Any) -> Any:
     """Write the tile's vectors to `at`, `at + stride`, ..."""
 
     def codegen(context: Any, b: Any, _sig: Any, values: Any) -> Any:

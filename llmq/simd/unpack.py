@@ -11,6 +11,7 @@ from llmq.simd.vector import (
     I32,
     I64,
     NEON,
+    call_intrinsic,
     const,
     f32x16,
     i16x8,
@@ -43,13 +44,16 @@ def _nibbles16(b: Any, x: Any) -> Any:
 nibbles_u8x32 = op(_nibbles16, u8x32, u8x16)
 
 
-def _shifted_bits(b: Any, x: Any, shift_low: Any, shift_high: Any, mask: Any, up: Any) -> Any:
-    """32 bytes to 64 lanes: (x >> shift_low) & mask, then (x >> shift_high) & mask, each << up."""
-    pieces = [b.and_(b.lshr(x, splat(b, s, 32)), splat(b, mask, 32)) for s in (shift_low, shift_high)]
-    return b.shl(_join(b, *pieces), splat(b, up, 64))
+def _rotate(b: Any, x: Any, low: Any, high: Any) -> Any:
+    wide = ir.VectorType(I64, 8)
+    twice = b.bitcast(_join(b, x, x), wide)
+    by = _join(b, splat(b, low, 4), splat(b, high, 4))
+    return b.bitcast(call_intrinsic(b, "llvm.fshl.v8i64", wide, twice, twice, by), ll(u8x64))
 
 
-shifted_bits = op(_shifted_bits, u8x64, u8x32, *[types.uint8] * 4)
+# 32 bytes to 64 lanes, twice the same, each eight bytes rotated left: by `low` bits, then by `high`. What is not moved
+# past its byte's ends arrives in it.
+rotate_u8x32 = op(_rotate, u8x64, u8x32, types.int64, types.int64)
 
 
 def _pick_bits(b: Any, x: Any, low: Any, high: Any) -> Any:
@@ -76,15 +80,17 @@ def _bits32(b: Any, word: Any) -> Any:
 bits_u8x32 = op(_bits32, u8x32, types.uint32)
 
 
-def _widen_bytes(b: Any, low: Any, high: Any) -> Any:
-    """Sixteen bytes, the first eight from `low`, as i16."""
-    word = const(ir.VectorType(I64, 2), [0, 0])
-    for i, half in enumerate((low, high)):
-        word = b.insert_element(word, half, ir.Constant(I32, i))
-    return b.zext(b.bitcast(word, ll(u8x16)), ll(i16x16))
+def _weave_u64(b: Any, x: Any, y: Any) -> Any:
+    both = const(ir.VectorType(I64, 2), [0, 0])
+    for i, word in enumerate((x, y)):
+        both = b.insert_element(both, word, ir.Constant(I32, i))
+    quarters = b.bitcast(both, ir.VectorType(I32, 4))
+    return b.bitcast(shuffle(b, quarters, quarters, [0, 2, 1, 3]), ll(u8x16))
 
 
-widen_u64x2 = op(_widen_bytes, i16x16, types.uint64, types.uint64)
+# sixteen bytes: the lower four of both words, then the upper four of both
+weave_u64 = op(_weave_u64, u8x16, types.uint64, types.uint64)
+i16_of_u8x16 = op(lambda b, x: b.zext(x, ll(i16x16)), i16x16, u8x16)
 
 
 def _twice(b: Any, x: Any, start: int) -> Any:
@@ -134,12 +140,10 @@ transpose_i32 = op(_transpose, types.UniTuple(i32x16, 16), types.UniTuple(i32x16
 transpose_f32 = op(_transpose, types.UniTuple(f32x16, 16), types.UniTuple(f32x16, 16))
 
 
-def _scale_pairs(b: Any, word: Any) -> Any:
-    """Eight bytes as i32, each with the byte in both halves."""
-    wide = b.zext(b.bitcast(word, ir.VectorType(I8, 8)), ll(i32x8))
-    return b.or_(wide, b.shl(wide, const(ll(i32x8), [16] * 8)))
+def _low_pairs(b: Any, x: Any) -> Any:
+    return b.bitcast(b.zext(shuffle(b, x, x, [i // 2 for i in range(16)]), ll(i16x16)), ll(i32x8))
 
 
-# eight bytes as i32x8, or as i16x8
-scale_pairs = op(_scale_pairs, i32x8, types.uint64)
-i16x8_of_bytes = op(lambda b, w: b.zext(b.bitcast(w, ir.VectorType(I8, 8)), ll(i16x8)), i16x8, types.uint64)
+# of sixteen bytes the first eight as i32, each in both halves, and the last eight as i16
+low_pairs_u8x16 = op(_low_pairs, i32x8, u8x16)
+high_i16_u8x16 = op(lambda b, x: b.zext(shuffle(b, x, x, range(8, 16)), ll(i16x8)), i16x8, u8x16)

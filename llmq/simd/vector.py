@@ -97,6 +97,24 @@ def concat(b: Any, parts: list[Any]) -> Any:
     return parts[0]
 
 
+def multiply_add(b: Any, x: Any, y: Any, z: Any) -> Any:
+    """x * y + z of float32 vectors, rounded once."""
+    return call_intrinsic(b, f"llvm.fma.v{x.type.count}f32", x.type, x, y, z)
+
+
+def offset_by(b: Any, address: Any, n_bytes: int) -> Any:
+    return b.add(address, ir.Constant(I64, n_bytes)) if n_bytes else address
+
+
+def zeros(vec: Vec, count: int, *given: Any) -> Any:
+    """What an intrinsic of the literals `given` declares to be a tuple of `count` zero vectors."""
+
+    def codegen(context: Any, b: Any, sig: Any, _args: Any) -> Any:
+        return context.make_tuple(b, sig.return_type, [ir.Constant(ll(vec), None)] * count)
+
+    return signature(types.UniTuple(vec, count), *given), codegen
+
+
 def intrinsic_of(declare: Callable[..., Any], arity: int) -> Any:
     """`numba.extending.intrinsic` for a function of *args: the arity has to stand in its signature."""
     names = ["typingctx", *(f"a{i}" for i in range(arity))]
@@ -108,7 +126,7 @@ def intrinsic_of(declare: Callable[..., Any], arity: int) -> Any:
 def op(build: Callable[..., Any], returns: Any, *takes: Any) -> Any:
     """An intrinsic with a fixed signature; `build(builder, *llvm_values)` gives its value (None for a store)."""
 
-    def declare(typingctx: Any, *_args: Any) -> Any:  # noqa: ARG001
+    def declare(typingctx: Any, *_args: Any) -> Any:
         def codegen(context: Any, b: Any, _sig: Any, values: Any) -> Any:
             value = build(b, *values)
             return context.get_dummy_value() if value is None else value
