@@ -62,7 +62,10 @@ class KVRing:
 
 
 def ring_capacity(n_ctx: int, window: int, batch: int) -> int:
-    """Slots for a context of `n_ctx` positions, of which a query sees `window` (0: all), in batches of up to `batch`."""
+    """Slots for a context of `n_ctx` positions, of which a query sees `window` (0: all), in batches of up to `batch`.
+
+    A multiple of BLOCK.
+    """
     needed = min(n_ctx, window + batch) if window else n_ctx
     return -(-needed // BLOCK) * BLOCK
 

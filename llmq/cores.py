@@ -30,7 +30,7 @@ def usable_cores(root: Path = Path("/")) -> int:
     threads = [_text(root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") for cpu in cpus]
     # Processors that share a core name the same siblings.
     cores = len(set(threads)) if all(threads) else min(psutil.cpu_count(logical=False) or len(cpus), len(cpus))
-    # Threads that the quota cannot keep busy would all stand still together for the rest of each period.
+    # Rounded: with a thread too many all stand still at the end of each period, with one too few half a core is lost.
     return max(1, math.floor(min(cores, cgroup_quota(root)) + 0.5))
 
 

@@ -30,7 +30,7 @@ DAY = 86_400.0
 LIFETIME, LIFETIME_OF_FEWER = 30 * DAY, DAY
 
 # Larger than the caches, and little beside what a model takes.
-STREAM_BYTES = 128 << 20
+STREAM_BYTES, MOST_BYTES = 128 << 20, 1 << 30
 LEAST_ROUNDS, ROUNDS, MOST_ROUNDS, SECONDS = 2, 8, 16, 0.6
 DOT_STEPS = 128 << 10
 
@@ -92,7 +92,7 @@ def thread_counts(n_cores: int) -> list[int]:
 
 def measure(n_cores: int) -> Machine:
     dot_rate = measure_dots()
-    size = min(max(STREAM_BYTES, 4 * last_cache_bytes()), psutil.virtual_memory().available // 4)
+    size = min(max(STREAM_BYTES, 4 * last_cache_bytes()), MOST_BYTES, psutil.virtual_memory().available // 4)
     stream = np.full(max(1, size // CHUNK) * CHUNK, 1, np.uint8)
     return Machine(n_cores, measure_reads(stream, n_cores), dot_rate, time.time())
 

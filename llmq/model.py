@@ -242,12 +242,6 @@ class Turn:
             raise UsageError("another reply of this model has begun since; read one at a time, or load it twice")
         return self._model.read(ids, n_last)
 
-    def _parts(self, ids: Sequence[int], n_last: int) -> Iterator[tuple[list[int], range]]:
-        """Ids by batches, and which rows of each are among the last `n_last`."""
-        for first in range(0, len(ids), self._engine.batch):
-            part = list(ids[first : first + self._engine.batch])
-            yield part, range(max(0, len(ids) - n_last - first), len(part))
-
     def take_back(self, n: int) -> None:
         if not self._lost:  # else the next reply has found what there was, and kept what it could
             self._model.take_back(n)

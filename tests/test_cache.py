@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmq.cache import KVRing, ring_bytes
-from llmq.kernels.kv import F16_KV
 from llmq.config import ModelConfig, read_config
 from llmq.errors import UsageError
 from llmq.gguf import open_gguf
+from llmq.kernels.kv import F16_KV
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from llmq import Message, Model, Sampling, load
 from llmq.cache import KVRing
-from llmq.kernels.kv import F16_KV
 from llmq.errors import UsageError
 from llmq.formats import F16, Q4_0, Q4_K, Q6_K, Q8_0
+from llmq.kernels.kv import F16_KV
 from llmq.store import BUNDLED_PATH
 
 GREEDY = Sampling(temperature=0)

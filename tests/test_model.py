@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import llmq
-from llmq.kernels.kv import F16_KV
 from llmq import Message, Model, Sampling, load
 from llmq.errors import FileFormatError, LlmqError, ResourceError, UsageError
 from llmq.formats import Q4_K, Q8_0
+from llmq.kernels.kv import F16_KV
 
 GREEDY = Sampling(temperature=0)
 WINDOW = 24

@@ -10,11 +10,11 @@ from conftest import Tiny
 
 from llmq import Sampling, load, speed
 from llmq.cache import KVRing
-from llmq.kernels.kv import F16_KV
 from llmq.config import read_config
 from llmq.engine.cpu import Engine
 from llmq.formats import F32, Q4_K, Q6_K, Q8_0
 from llmq.gguf import open_gguf
+from llmq.kernels.kv import F16_KV
 from llmq.speed import LAYER, Rate, Speed, Work, measure_layer, measure_model, synthetic_layers, work_per_token
 
 

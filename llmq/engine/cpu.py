@@ -16,7 +16,7 @@ from llmq.kernels.attention import HEAD_DIM_LIMIT, PART, PART_STATE, QUERIES, SC
 from llmq.kernels.dot import FEW
 from llmq.kernels.kv import F16_KV, KVFormat
 from llmq.kernels.panel import PANEL_BYTES
-from llmq.kernels.rows import FOUR
+from llmq.kernels.rows import SHARED
 from llmq.simd import ROWS, TOKENS
 from llmq.team import Team, aligned
 
@@ -24,7 +24,7 @@ BATCH = 512
 # Weight bytes times rows between two looks at the keyboard: about a third of a second of work on two cores.
 WORK_PER_CALL = 5e10
 # Tokens past the last that a product may read and write: it computes whole tiles.
-SPARE = max(TOKENS, FOUR) - 1
+SPARE = max(TOKENS, SHARED) - 1
 
 
 def tile_bytes(n_rows: int) -> int:
