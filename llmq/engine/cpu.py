@@ -24,7 +24,7 @@ BATCH = 512
 # Weight bytes times rows between two looks at the keyboard: about a third of a second of work on two cores.
 WORK_PER_CALL = 5e10
 # Tokens past the last that a product may read and write: it computes whole tiles.
-SPARE = max(TOKENS, SHARED) - 1
+SPARE = max(TOKENS, SHARED[0]) - 1
 
 
 def tile_bytes(n_rows: int) -> int:

@@ -12,6 +12,7 @@ from llmq.jit import jit
 from llmq.kernels.activation import BLOCK_STEP, FLOAT_STEP, K_STEP, SUMS, SUMS16, SUMS32, VALUES
 from llmq.kernels.unpack import BlockFormat, FloatFormat, KFormat, group_bytes, is_signed, product_lanes
 from llmq.simd import (
+    ISA,
     SIGNED,
     add_halves,
     copy_bytes,
@@ -50,23 +51,32 @@ from llmq.simd import (
     zero_i32x8,
 )
 
-SHARED = 4  # tokens that share an unpacked row; a vector holds the sums of one, two or four of them
+# Numbers of tokens that share an unpacked row; the sums of eight need many registers.
+SHARED = (4, 8) if ISA == "avx512vnni" else (4,)
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """`n` tokens: `rows` as in RowProducts, on groups of activations as `arrange(to, x)` puts them, `n_bytes` long."""
+
+    n: int
+    rows: Callable[..., Any]
+    arrange: Callable[..., Any]
+    n_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class RowProducts:
     """Functions rows(first, second, w, x, x_stride, n_groups, ahead), which add a row's products to two tiles.
 
-    The lanes of a token in both tiles together are its sum. Groups of activations lie `x_stride` bytes apart, those of
-    four tokens as `arrange` puts them; `ahead` bytes behind `w` is what will be read next.
+    The lanes of a token in both tiles together are its sum. Groups of activations lie `x_stride` bytes apart; `ahead`
+    bytes behind `w` is what will be read next.
     """
 
     lanes: tuple[int, int]  # of a token in the first tile and in the second
+    token_bytes: int  # of a token's group of activations
     one: Callable[..., Any]
-    four: Callable[..., Any]
-    arrange: Callable[..., Any]  # (to, x): four tokens' groups, side by side at x
-    token_bytes: int  # of a token's group
-    four_bytes: int  # of four tokens' group, arranged
+    shared: tuple[Shared, ...]  # for each of SHARED
 
 
 def _k32_row(unpack: KFormat, size: int) -> Any:
@@ -138,34 +148,34 @@ def _one_layout(unpack: KFormat) -> Layout:
     return Layout(_lanes(unpack), 0, SUMS32 if unpack.sub == 32 else SUMS16, VALUES, K_STEP)
 
 
-def _four_layout(unpack: KFormat) -> Layout:
-    """f32 [4][lanes] | f32 [4][lanes2] | i16 sums [4][scales] | i8 [4][256]; floats are each token's, over and over."""
+def _shared_layout(unpack: KFormat, n: int) -> Layout:
+    """f32 [n][lanes] | f32 [n][lanes2] | i16 sums [n][scales] | i8 [n][256]; floats are each token's, over and over."""
     lanes, lanes2 = _lanes(unpack)
-    floats2, sums = 4 * SHARED * lanes, 4 * SHARED * (lanes + lanes2)
-    return Layout((lanes, lanes2), floats2, sums, sums + 4 * SHARED * lanes2, 256)
+    floats2, sums = 4 * n * lanes, 4 * n * (lanes + lanes2)
+    return Layout((lanes, lanes2), floats2, sums, sums + 4 * n * lanes2, 256)
 
 
 def _is_crossed(unpack: KFormat) -> bool:
-    """Whether four tokens meet nibbles 64 bytes at a time, sub-blocks 0 and 2 of four and then 1 and 3.
+    """Whether several tokens meet nibbles 64 bytes at a time, sub-blocks 0 and 2 of four and then 1 and 3.
 
     Registers of 16 bytes have nothing to gain from it.
     """
     return bool(unpack.wide and not SIGNED)
 
 
-def _k_arrange(unpack: KFormat) -> Any:
-    layout, (lanes, lanes2), crossed = _four_layout(unpack), _lanes(unpack), _is_crossed(unpack)
+def _k_arrange(unpack: KFormat, n: int) -> Any:
+    layout, (lanes, lanes2), crossed = _shared_layout(unpack, n), _lanes(unpack), _is_crossed(unpack)
     floats2, sums, values, sums_from = layout.floats2, layout.sums, layout.values, _one_layout(unpack).sums
     sums_bytes = 4 * lanes2
 
     @jit
-    def fill(to, n, value):
-        for i in range(n):
+    def fill(to, count, value):
+        for i in range(count):
             store_f32(to + 4 * i, value)
 
     @jit
     def arrange(to, x):
-        for t in range(SHARED):
+        for t in range(n):
             at, q = x + t * K_STEP, to + values + 256 * t
             fill(to + 4 * lanes * t, lanes, load_f32(at))
             fill(to + floats2 + 4 * lanes2 * t, lanes2, load_f32(at))
@@ -181,7 +191,7 @@ def _k_arrange(unpack: KFormat) -> Any:
 
 def _k_rows(unpack: KFormat, size: int, n: int) -> Any:
     """d * sum(scale * (u . q)) - dm * sum(min * sum(q)), in integers within a group."""
-    crossed, layout = n == SHARED and _is_crossed(unpack), (_four_layout if n == SHARED else _one_layout)(unpack)
+    crossed, layout = n > 1 and _is_crossed(unpack), _shared_layout(unpack, n) if n > 1 else _one_layout(unpack)
     floats2, sums, values, step = layout.floats2, layout.sums, layout.values, layout.step
     lanes, wide, scales, mins = product_lanes(unpack), unpack.wide, unpack.scales, _k_mins(unpack)
     factors, signed = unpack.factors, is_signed(unpack)
@@ -267,10 +277,15 @@ def row_products(unpack: KFormat | BlockFormat | FloatFormat) -> RowProducts:
     size = group_bytes(unpack.format)
     if isinstance(unpack, KFormat):
         one = _k32_row(unpack, size) if _is_crossed(unpack) else _k_rows(unpack, size, 1)
-        four, four_bytes = _k_rows(unpack, size, SHARED), _four_layout(unpack).values + SHARED * 256
-        return RowProducts(_lanes(unpack), one, four, _k_arrange(unpack), K_STEP, four_bytes)
+        shared = (
+            Shared(n, _k_rows(unpack, size, n), _k_arrange(unpack, n), _shared_layout(unpack, n).values + n * 256)
+            for n in SHARED
+        )
+        return RowProducts(_lanes(unpack), K_STEP, one, tuple(shared))
     if isinstance(unpack, BlockFormat):
-        one, four = (_block_rows(unpack, size, n) for n in (1, SHARED))
-        return RowProducts((16, 8), one, four, _as_they_lie(SHARED * BLOCK_STEP), BLOCK_STEP, SHARED * BLOCK_STEP)
-    rows = _float_rows(unpack, size)
-    return RowProducts((16, 16), rows, rows, _as_they_lie(SHARED * FLOAT_STEP), FLOAT_STEP, SHARED * FLOAT_STEP)
+        lanes, step, makes = (8 if SIGNED else 16, 8), BLOCK_STEP, lambda n: _block_rows(unpack, size, n)
+    else:
+        rows = _float_rows(unpack, size)
+        lanes, step, makes = (16, 16), FLOAT_STEP, lambda _n: rows
+    shared = (Shared(n, makes(n), _as_they_lie(n * step), n * step) for n in SHARED)
+    return RowProducts(lanes, step, makes(1), tuple(shared))

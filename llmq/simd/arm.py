@@ -77,8 +77,8 @@ def sum_scaled(b: Any, acc: Any, u: Any, s: Any, scales: Any, span: int) -> Any:
 
 
 def add_blocks(b: Any, acc: Any, sums: Any, factors: Any, first: int) -> Any:
-    """acc += sums of two blocks * lanes `first` and `first + 1` of the factors, in the lower eight lanes."""
-    totals, parts = slices(b, acc, 4), slices(b, sums, 4)
+    """acc (eight lanes) += sums of two blocks * lanes `first` and `first + 1` of the factors."""
+    totals, parts = slices(b, acc, 2), slices(b, sums, 4)
     for i in range(2):
         block = b.sitofp(b.add(parts[2 * i], parts[2 * i + 1]), totals[i].type)
         factor = shuffle(b, factors, factors, [first + i] * 4)

@@ -204,21 +204,22 @@ def tile_times(typingctx: Any, tile: Any, value: Any) -> Any:
 @intrinsic
 def tile_add_blocks(typingctx: Any, tile: Any, sums: Any, d: Any, part: Any, at: Any, stride: Any) -> Any:
     """acc[i] += float(sums[i]) * d * (the eight floats at `at + i * stride`), of blocks 2 * part and 2 * part + 1."""
-    first = literal(part)
+    first, per = literal(part), sums.count // tile.count
     if first is None:
         return None
 
     def codegen(context: Any, b: Any, sig: Any, values: Any) -> Any:
         acc, parts, scales, _part, base, step = values
-        items = []
-        for i in range(tile.count):
-            scaled = b.fmul(scales, _vector(b, base, step, i, ll(f32x8)))
+        old = [piece for i in range(tile.count) for piece in slices(b, b.extract_value(acc, i), per)]
+        new = []
+        for i, token in enumerate(old):
+            scaled, product = b.fmul(scales, _vector(b, base, step, i, ll(f32x8))), b.extract_value(parts, i)
             if NEON:
-                items.append(arm.add_blocks(b, b.extract_value(acc, i), b.extract_value(parts, i), scaled, 2 * first))
+                new.append(arm.add_blocks(b, token, product, scaled, 2 * first))
                 continue
             factor = shuffle(b, scaled, scaled, [2 * first + lane // 8 for lane in range(16)])
-            product = b.sitofp(b.extract_value(parts, i), ll(f32x16))
-            items.append(multiply_add(b, product, factor, b.extract_value(acc, i)))
+            new.append(multiply_add(b, b.sitofp(product, token.type), factor, token))
+        items = [concat(b, new[i : i + per]) for i in range(0, len(new), per)]
         return context.make_tuple(b, sig.return_type, items)
 
     return signature(tile, tile, sums, f32x8, part, ADDRESS, ADDRESS), codegen
