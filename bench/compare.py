@@ -38,12 +38,13 @@ from typing import Any
 
 import numpy as np
 import psutil
-from streaming import bytes_per_second
 from table import line
 from worker import WARM_UP_TOKENS
 
 from llmq.config import ModelConfig, read_config
 from llmq.gguf import GGUF, open_gguf
+from llmq.kernels.probe import CHUNK
+from llmq.machine import measure_read
 
 ROOT = Path(__file__).parents[1]
 DEPTHS = {"prefill": 0, "decode": 1, "batch": 64}
@@ -123,6 +124,7 @@ def seconds_elsewhere(workers: list[Worker]) -> float:
 def measure(options: argparse.Namespace, threads: int, workers: list[Worker]) -> Iterator[dict[str, Any]]:
     """For each task the answers of all engines, round by round; the order turns round from one to the next."""
     data = np.memmap(options.model, np.uint8, "r")
+    chunks = data[: len(data) // CHUNK * CHUNK]
     for wanted in options.tasks:
         rounds: dict[str, list[Any]] = {worker.kind: [] for worker in workers} | {"read": [], "elsewhere": []}
         for worker in workers:
@@ -131,7 +133,7 @@ def measure(options: argparse.Namespace, threads: int, workers: list[Worker]) ->
             before, start = seconds_elsewhere(workers), time.perf_counter()
             for worker in workers if i % 2 else workers[::-1]:
                 rounds[worker.kind].append(worker.ask(wanted))
-            rounds["read"].append(bytes_per_second(data, threads))
+            rounds["read"].append(measure_read(chunks, threads) * 1e9)
             took = (time.perf_counter() - start) * (os.cpu_count() or 1)
             rounds["elsewhere"].append((seconds_elsewhere(workers) - before) / took)
         yield {"threads": threads, **asdict(wanted), "rounds": rounds}

@@ -19,7 +19,9 @@ from llmq.engine.plan import KINDS, kernels
 from llmq.formats import FORMATS, Format
 from llmq.kernels.activation import GROUP_BYTES, prepare
 from llmq.kernels.panel import PANEL_BYTES
+from llmq.kernels.probe import CHUNK
 from llmq.kernels.unpack import UNPACK
+from llmq.machine import measure_read
 from llmq.simd import ROWS
 from llmq.team import aligned
 from quant.encode import encode
@@ -71,9 +73,6 @@ class Product:
         x = self.single.ctypes.data
         self.kernels.dot(out.ctypes.data, at, self.row_bytes, n, x, self.size, 1, COLS // 256, 0)
 
-    def read(self, thread: int, n_threads: int) -> None:
-        np.add.reduce(np.array_split(self.stream.reshape(-1).view(np.uint64), n_threads)[thread])
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -87,11 +86,16 @@ def main() -> None:
     for round_ in range(arguments.rounds + 1):
         for product in products:
             macs, streamed = N_ROWS * COLS * arguments.tokens / 1e9, product.stream.nbytes / 1e9
-            for what, amount in (("prefill", macs), ("decode", streamed), ("read", streamed)):
-                for n in (1, 2):
-                    took = seconds(getattr(product, what), n)
+            chunks = product.stream.reshape(-1)[: product.stream.nbytes // CHUNK * CHUNK]
+            for n in (1, 2):
+                rates = {
+                    "prefill": macs / seconds(product.prefill, n),
+                    "decode": streamed / seconds(product.decode, n),
+                    "read": measure_read(chunks, n),
+                }
+                for what, rate in rates.items():
                     if round_:  # the first is a warm-up
-                        found.setdefault((product.fmt.name, what, n), []).append(amount / took)
+                        found.setdefault((product.fmt.name, what, n), []).append(rate)
     for product in products:
         name = product.fmt.name
         figures = [f"{what} {' '.join(f'{statistics.median(found[name, what, n]):6.1f}' for n in (1, 2))}"

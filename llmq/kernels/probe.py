@@ -36,14 +36,18 @@ WORKING_SET = 64 + 8 * 64 * SUMS
 
 @jit
 def sum_words(at, n_bytes):
-    """Sum of the 32-bit words at `at`, in four chains; n_bytes is a multiple of 256."""
+    """Sum of the 32-bit words at `at`, of both halves side by side, in four chains; n_bytes is a multiple of 256.
+
+    Two streams a thread are read faster than one.
+    """
+    half = n_bytes // 2
     zero = splat_i32x16(np.int32(0))
     a, b, c, d = zero, zero, zero, zero
-    for i in range(at, at + n_bytes, 256):
+    for i in range(at, at + half, 128):
         a = a + load_i32x16(i)
         b = b + load_i32x16(i + 64)
-        c = c + load_i32x16(i + 128)
-        d = d + load_i32x16(i + 192)
+        c = c + load_i32x16(i + half)
+        d = d + load_i32x16(i + half + 64)
     return add_lanes_i32x16((a + b) + (c + d))
 
 
