@@ -41,10 +41,14 @@ import psutil
 from table import line
 from worker import WARM_UP_TOKENS
 
-from llmq.config import ModelConfig, read_config
-from llmq.gguf import GGUF, open_gguf
+from llmq.cache import ring_bytes
+from llmq.config import read_config
+from llmq.cores import cpu_name
+from llmq.gguf import open_gguf
+from llmq.kernels.kv import F16_KV
 from llmq.kernels.probe import CHUNK
 from llmq.machine import measure_read
+from llmq.speed import work_per_token
 
 ROOT = Path(__file__).parents[1]
 DEPTHS = {"prefill": 0, "decode": 1, "batch": 64}
@@ -139,34 +143,17 @@ def measure(options: argparse.Namespace, threads: int, workers: list[Worker]) ->
         yield {"threads": threads, **asdict(wanted), "rounds": rounds}
 
 
-def token_bytes(gguf: GGUF, config: ModelConfig) -> int:
-    """Bytes of weights that one token needs: all but the embeddings it does not look up and the experts not chosen."""
-    total = 0
-    for name, info in gguf.tensors.items():
-        if "_exps." in name:
-            total += info.n_bytes * config.n_experts_used // config.n_experts
-        elif name != "token_embd.weight" or config.tied_embeddings:
-            total += info.n_bytes
-    return total
-
-
 def model_facts(path: Path) -> dict[str, Any]:
     with open_gguf(path) as gguf:
         config = read_config(gguf)
-        kv_bytes = 2 * 2 * config.n_layers * config.n_kv_heads * config.head_dim
+        tensors = {name: (info.shape, info.format) for name, info in gguf.tensors.items()}
         return {
             "file": path.name,
             "name": config.name,
             "bytes": path.stat().st_size,
-            "token_bytes": token_bytes(gguf, config),
-            "kv_bytes_per_position": kv_bytes,
+            "token_bytes": work_per_token(config, tensors).n_bytes,
+            "kv_bytes_per_position": ring_bytes(config, 1, F16_KV),
         }
-
-
-def processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    return found[1] if found else platform.processor() or platform.machine()
 
 
 def source_commit() -> str:
@@ -180,7 +167,7 @@ def source_commit() -> str:
 
 def machine_facts() -> dict[str, Any]:
     return {
-        "machine": processor(),
+        "machine": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
         "system": platform.system(),
         "commit": source_commit(),

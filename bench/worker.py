@@ -45,22 +45,17 @@ class Llmq:
 
     @property
     def length(self) -> int:
-        return len(self.model._ids)
+        return self.model.n_ctx - self.model.room
 
     def truncate(self, length: int) -> None:
-        self.ring.truncate(length)
-        del self.model._ids[length:]
+        self.model.take_back(self.length - length)
 
     def read(self, ids: list[int]) -> None:
         self.model.read(ids)
 
     def read_rows(self, ids: list[int]) -> None:
         """The same with logits after every id."""
-        at, n = self.length, len(ids)
-        self.ring.claim(n)
-        self.model._engine.forward(ids, range(at, at + n), [self.ring] * n, range(n))
-        self.ring.advance(n)
-        self.model._ids += ids
+        self.model.read(ids, len(ids))
 
     def save(self, path: Path) -> None:
         self.ring.memory.tofile(path)
