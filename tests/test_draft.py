@@ -17,7 +17,7 @@ from test_generate import tokenizer
 
 from llmq.draft import LONG, N_GRAMS, SHORT, Lookup
 from llmq.generate import Generation
-from llmq.sampler import Sampling
+from llmq.sampler import Sampling, sample
 
 EOS = 2
 
@@ -273,8 +273,6 @@ def test_an_interrupt_between_two_rows(monkeypatch: pytest.MonkeyPatch) -> None:
             if next(count) > calls:
                 raise KeyboardInterrupt
             return sample(*arguments)
-
-        from llmq.sampler import sample
 
         monkeypatch.setattr("llmq.generate.sample", interrupted)
         table = Table(5, 3)
