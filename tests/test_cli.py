@@ -99,6 +99,7 @@ OPTIONS = [
     (["--ctx", "99"], "load.n_ctx", 99),
     (["--window", "32"], "load.window", 32),
     (["--threads", "3"], "load.threads", 3),
+    (["--kv-type", "q8_0"], "load.kv_type", "q8_0"),
 ]
 
 
