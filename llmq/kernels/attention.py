@@ -189,13 +189,17 @@ def make_attend(n: int, kv: KVFormat) -> Kernel:
     """
     wide = min(4, QUERIES // n)
     put_query, score, load_row = (_f16_steps if kv is F16_KV else _q8_0_steps)(n, wide)
-    addresses, bits, soften = _addresses(wide), int(16 * kv.bits), _make_soften(n)
+    addresses, soften, bytes_of_32 = _addresses(wide), _make_soften(n), kv.row_bytes(32)
     at_once = max(32, 16 * wide)  # dimensions; sums have room for whole grids
+
+    @jit
+    def row_bytes(head_dim):
+        return head_dim * bytes_of_32 >> 5
 
     @jit
     def score_span(scratch, keys, capacity, head_dim, block, n_blocks):
         for b in range(0, n_blocks, wide):
-            at = addresses(keys, block + b, capacity >> 4, head_dim * bits >> 3)
+            at = addresses(keys, block + b, capacity >> 4, 16 * row_bytes(head_dim))
             grid_store(scratch + SCORES + 64 * b, SPAN_BYTES, n, score(scratch, at, head_dim))
 
     @jit
@@ -204,11 +208,11 @@ def make_attend(n: int, kv: KVFormat) -> Kernel:
         sums = scratch + SUMS + 4 * (i + 16 * skip)
         acc = grid_scale(grid_load(n, wide, sums, stride), n, scratch + STATE + 8 * n)
         for b in range(n_blocks):
-            row = values + ((block + b) % (capacity >> 4)) * 16 * (head_dim * bits >> 7)
+            row = values + ((block + b) % (capacity >> 4)) * 16 * row_bytes(head_dim)
             p = scratch + SCORES + 64 * b
             for k in range(16):
                 acc = grid_fma(acc, load_row(row, i, skip, wide), p + 4 * k, SPAN_BYTES)
-                row += head_dim * bits >> 7
+                row += row_bytes(head_dim)
         grid_store(sums, stride, n, acc)
 
     @jit
