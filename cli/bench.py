@@ -14,7 +14,7 @@ from cli.screen import is_terminal, one_line, size, status, table
 from llmq.store import BUNDLED
 
 if TYPE_CHECKING:
-    from cli.forecast import Forecast
+    from cli.forecast import Forecast, Size
     from llmq.machine import Machine
     from llmq.speed import Rate, Speed
 
@@ -34,7 +34,7 @@ Row = tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Kernels:
+class Compiling:
     """What loading the model cost in compiling: kernels, and seconds; `cached` says whether they are kept."""
 
     compiled: int
@@ -50,7 +50,7 @@ class Bench:
     n_threads: int
     isa: str
     cpu: str
-    kernels: Kernels
+    compiling: Compiling
     machine: "Machine"
     speed: "Speed"
     layer: "Speed | None"
@@ -64,12 +64,10 @@ def bench(
     json_output: Json = False,
 ) -> None:
     """Measure how fast a model runs here, and predict others."""
-    from cli.forecast import catalog_sizes, forecast, parse_size
+    from cli.forecast import catalog_sizes, parse_size
 
     sizes = [parse_size(options.utf8(text)) for text in predict] if predict else catalog_sizes()
-    found = measure(model, threads)
-    forecasts = [forecast(each, found.layer or found.speed) for each in sizes]
-    found = dataclasses.replace(found, forecasts=forecasts)
+    found = measure(model, threads, sizes)
     status.clear()
     if json_output:
         json.dump(as_json(found), sys.stdout)
@@ -78,8 +76,11 @@ def bench(
         show(found)
 
 
-def measure(model: str, threads: int | None) -> Bench:
+def measure(model: str, threads: int | None, sizes: "Sequence[Size]") -> Bench:
     """Loads the model, then measures the machine, the model, and a layer of a larger one where the model is small."""
+    import psutil
+
+    from cli.forecast import forecast
     from llmq.cores import cpu_name, usable_cores
     from llmq.jit import cache_folder, compile_log
     from llmq.machine import measure_and_remember
@@ -87,13 +88,15 @@ def measure(model: str, threads: int | None) -> Bench:
     from llmq.speed import measure_layer, measure_model
 
     with options.open_model(model, options.Engine(None, None, threads, "f16")) as loaded:
-        kernels = Kernels(compile_log.count, compile_log.seconds, cache_folder() is not None)
+        compiling = Compiling(compile_log.count, compile_log.seconds, cache_folder() is not None)
         show_measuring("this machine")
         machine = measure_and_remember(usable_cores(), None)
         speed = measure_model(loaded, show_measuring)
         name, n_threads = loaded.path.stem, loaded.n_threads
     layer = None if speed.is_memory_bound else measure_layer(n_threads, show_measuring)
-    return Bench(one_line(name, 40), n_threads, ISA, cpu_name(), kernels, machine, speed, layer, [])
+    memory_bytes = psutil.virtual_memory().total
+    forecasts = [forecast(each, layer or speed, memory_bytes) for each in sizes]
+    return Bench(one_line(name, 40), n_threads, ISA, cpu_name(), compiling, machine, speed, layer, forecasts)
 
 
 def show_measuring(what: str) -> None:
@@ -107,16 +110,16 @@ def show(found: Bench) -> None:
 
 
 def facts(found: Bench) -> list[Row]:
-    machine, kernels = found.machine, found.kernels
+    machine, compiling = found.machine, found.compiling
     by_threads = ", ".join(f"{rate:.1f} with {n}" for n, rate in machine.read_rates.items())
-    compiled = f"{kernels.compiled} compiled in {kernels.seconds:.1f} s" if kernels.compiled else "from the cache"
+    compiled = f"{compiling.compiled} compiled in {compiling.seconds:.1f} s" if compiling.compiled else "from the cache"
     return [
         ("model", found.model),
         ("processor", f"{one_line(found.cpu, 60)}, {machine.n_cores} cores, {found.isa}"),
         ("threads", str(found.n_threads)),
         ("memory", f"reads GB/s: {by_threads}"),
         ("products", f"{machine.dot_rate:.0f} billion multiply-adds a second and core"),
-        ("kernels", compiled + ("" if kernels.cached else "; not kept, as the cache folder cannot be used")),
+        ("kernels", compiled + ("" if compiling.cached else "; not kept, as the cache folder cannot be used")),
     ]
 
 
@@ -193,7 +196,7 @@ def as_json(found: Bench) -> dict[str, Any]:
         "model": found.model,
         "threads": found.n_threads,
         "machine": machine,
-        "kernels": dataclasses.asdict(found.kernels),
+        "kernels": dataclasses.asdict(found.compiling),
         "speed": {name: speed_json(speed, found) for name, speed in measured.items()},
         "predictions": [forecast_json(each) for each in found.forecasts],
     }
@@ -220,7 +223,7 @@ def forecast_json(each: "Forecast") -> dict[str, Any]:
         "type": each.size.type,
         "weights": each.size.n_weights,
         "bytes": each.size.n_bytes,
-        "fits": each.size.fits,
+        "fits": each.fits,
         "prefill": each.prefill,
         "decode": each.decode,
     }

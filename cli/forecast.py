@@ -5,8 +5,6 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import psutil
-
 from llmq.catalog import CatalogEntry, catalog
 from llmq.errors import UsageError
 
@@ -30,11 +28,6 @@ class Size:
     n_bytes: float
     work: "Work"
 
-    @property
-    def fits(self) -> bool:
-        """Whether this machine's memory holds it."""
-        return self.n_bytes <= MEMORY_SHARE * psutil.virtual_memory().total
-
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
@@ -43,6 +36,10 @@ class Forecast:
     size: Size
     prefill: float | None
     decode: float | None
+
+    @property
+    def fits(self) -> bool:
+        return self.decode is not None
 
 
 def catalog_sizes() -> list[Size]:
@@ -107,8 +104,8 @@ def scaled(typical: Size, name: str, total: float, used: float) -> Size:
     return Size(name, typical.type, total, total * per_weight, Work(used * per_weight, used))
 
 
-def forecast(size: Size, speed: "Speed") -> Forecast:
+def forecast(size: Size, speed: "Speed", memory_bytes: float) -> Forecast:
     """Decode reads a token's bytes, and prefill makes its products, as fast as in what was measured."""
-    if not size.fits:
+    if size.n_bytes > MEMORY_SHARE * memory_bytes:
         return Forecast(size, None, None)
     return Forecast(size, 1e9 * speed.product_rate / size.work.n_products, 1e9 * speed.read_rate / size.work.n_bytes)

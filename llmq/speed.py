@@ -60,6 +60,7 @@ class Speed:
     work: Work
     prefill: tuple[Rate, ...]
     decode: Rate
+    is_memory_bound: bool  # whether a token takes so many bytes that no cache holds them
 
     @property
     def read_rate(self) -> float:
@@ -70,11 +71,6 @@ class Speed:
     def product_rate(self) -> float:
         """10^9 multiply-adds a second, in prefill of the longest prompt."""
         return self.work.n_products * self.prefill[-1].median / 1e9
-
-    @property
-    def is_memory_bound(self) -> bool:
-        """Whether a token takes so many bytes that no cache holds them."""
-        return self.work.n_bytes > 2 * last_cache_bytes()
 
 
 def work_per_token(config: ModelConfig, tensors: Mapping[str, tuple[tuple[int, ...], Format]]) -> Work:
@@ -146,7 +142,8 @@ def _measure(engine: Engine, n_ctx: int, name: str, tell: Callable[[str], None])
     tell(f"{name}, reply")
     decode = _rate(min(DECODE, n_ctx), partial(_read_singly, engine, ring, ids[:DECODE]))
     tensors = {info.name: (info.shape, info.format) for info in engine.plan.gguf.tensors.values()}
-    return Speed(work_per_token(engine.config, tensors), tuple(prefill), decode)
+    work = work_per_token(engine.config, tensors)
+    return Speed(work, tuple(prefill), decode, work.n_bytes > 2 * last_cache_bytes())
 
 
 def _rate(n_tokens: int, run: Callable[[], None]) -> Rate:

@@ -24,7 +24,9 @@ from llmq.speed import Rate, Speed, Work
 ROOT = Path(__file__).parents[1]
 MACHINE = Machine(2, {1: 20.0, 2: 40.0}, 400.0, 1.7e9)
 # A layer that reads 30 of 40 GB/s and makes 600 of 800 billion products.
-LAYER = Speed(Work(0.5e9, 1e9), (Rate(128, (500.0,)), Rate(512, (590.0, 600.0, 610.0))), Rate(16, (59.0, 60.0, 62.0)))
+LAYER = Speed(
+    Work(0.5e9, 1e9), (Rate(128, (500.0,)), Rate(512, (590.0, 600.0, 610.0))), Rate(16, (59.0, 60.0, 62.0)), True
+)
 
 
 @pytest.fixture
@@ -211,10 +213,10 @@ def test_any_text_is_a_size_or_refused_in_a_sentence(text: str) -> None:
     assert len(refusal) < 240
 
 
-def test_a_forecast_is_the_measured_rates_over_the_work(monkeypatch) -> None:
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: psutil_memory(10e9))
+def test_a_forecast_is_the_measured_rates_over_the_work() -> None:
     size = Size("x", "q4_k_m", 8e9, 5e9, Work(4e9, 6e9))
-    found = forecast(size, LAYER)
-    assert (found.prefill, found.decode) == (100, 7.5)
+    found = forecast(size, LAYER, 10e9)
+    assert (found.fits, found.prefill, found.decode) == (True, 100, 7.5)
     large = Size("x", "q4_k_m", 8e9, 9.5e9, Work(4e9, 6e9))
-    assert forecast(large, LAYER).decode is None
+    found = forecast(large, LAYER, 10e9)
+    assert (found.fits, found.prefill, found.decode) == (False, None, None)

@@ -50,15 +50,9 @@ def test_an_embedding_that_is_the_output_too_is_read_whole(tiny_model: Tiny) -> 
 
 
 def test_rates_of_work() -> None:
-    found = Speed(Work(2e9, 5e9), (Rate(128, (9.0,)), Rate(512, (10.0, 30.0, 20.0))), Rate(16, (4.0, 3.0, 8.0)))
+    found = Speed(Work(2e9, 5e9), (Rate(128, (9.0,)), Rate(512, (10.0, 30.0, 20.0))), Rate(16, (4.0, 3.0, 8.0)), True)
     assert found.read_rate == 8
     assert found.product_rate == 100
-
-
-def test_only_what_no_cache_holds_is_bound_by_memory(monkeypatch) -> None:
-    monkeypatch.setattr(speed, "last_cache_bytes", lambda: 1000)
-    bound = [Speed(Work(n, 1), (), Rate(1, (1.0,))).is_memory_bound for n in (10, 1000, 1999, 2001, 1e9)]
-    assert bound == [False, False, False, True, True]
 
 
 # ---- runs
@@ -112,6 +106,17 @@ def test_what_is_run(tiny_model: Tiny, hasty, n_ctx: int, lengths: tuple[int, ..
     assert hasty[1:] == [*((n, 0, [n - 1]) for n in lengths), *((1, i, [0]) for i in range(n_decoded))]
     assert len(told) == len(lengths) + 1
     assert all(0 < run < 1e7 for rate in (*found.prefill, found.decode) for run in rate.runs)
+
+
+@pytest.mark.usefixtures("hasty")
+def test_only_what_no_cache_holds_is_bound_by_memory(tiny_model: Tiny, monkeypatch) -> None:
+    path = tiny_model(n_layers=1)[0]
+    n_bytes, bound = work_of(path).n_bytes, []
+    with load(path, n_ctx=1, threads=2) as model:
+        for cache_bytes in (n_bytes, n_bytes / 2, n_bytes / 2 - 1, 0):
+            monkeypatch.setattr(speed, "last_cache_bytes", lambda found=cache_bytes: found)
+            bound.append(measure_model(model, lambda _: None).is_memory_bound)
+    assert bound == [False, False, True, True]
 
 
 @pytest.mark.usefixtures("hasty")
