@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +59,14 @@ def name_arm_features() -> None:
         return
     word = ctypes.CDLL(None).getauxval
     word.argtypes, word.restype = [ctypes.c_ulong], ctypes.c_ulong
-    known = binding.get_host_cpu_features().flatten().split(",")
-    found = [f"+{name}" for name, at, bit in ARM_HWCAPS if word(at) >> bit & 1]
-    settings.CPU_FEATURES = ",".join(filter(None, known + found))
+    known = binding.get_host_cpu_features().flatten()
+    settings.CPU_FEATURES = arm_features(known, {at: word(at) for _, at, _ in ARM_HWCAPS})
+
+
+def arm_features(known: str, words: Mapping[int, int]) -> str:
+    """LLVM's list of features with those of ARM_HWCAPS that the auxiliary vector's words tell of."""
+    found = [f"+{name}" for name, at, bit in ARM_HWCAPS if words[at] >> bit & 1]
+    return ",".join([known, *found] if known else found)
 
 
 name_arm_features()

@@ -15,11 +15,11 @@ import pytest
 from compiled import address
 from numba import types
 
-from llmq import jit
+from llmq import formats, jit
 from llmq.engine.compilers import kernels_of
 from llmq.formats import Q4_K, Q8_0
-from llmq.jit import Kernel, compile_log, kernel, read_cached, write_cached
-from llmq.kernels.kv import F16_KV
+from llmq.jit import Kernel, arm_features, compile_log, kernel, read_cached, write_cached
+from llmq.kernels.kv import F16_KV, KV_FORMATS, Q8_0_KV
 from llmq.simd import load_f32, store_f32
 
 ROOT = Path(__file__).parents[1]
@@ -316,6 +316,24 @@ def test_a_damaged_cache_heals(cold: Cold) -> None:
     assert run(cache, models[0]) == [{**first, "while loading": []}]
 
 
+def test_no_kernel_needs_numbas_runtime(cold: Cold) -> None:
+    """Its functions (NRT_...) are not there for code from the cache: LLVM would end the process that loads it.
+
+    Of the formats that are not needed here, the kernels that other tests have compiled.
+    """
+    folder = jit.cache_folder()
+    assert folder is not None
+    needed = kernels_of([], Q4_K, Q8_0_KV)
+    for made in needed:
+        if not (folder / f"{made.name}.o").exists():
+            made.prepare()
+    kernels = [made for kv in KV_FORMATS.values() for made in kernels_of(list(formats.FORMATS.values()), Q4_K, kv)]
+    paths = [*cold[0].rglob("*.o"), *(folder / f"{name}.o" for name in {made.name for made in kernels})]
+    found = {path: read_cached(path) for path in paths if path.exists()}
+    assert {made.name for made in needed} <= {path.stem for path in found}
+    assert [path.stem for path, kept in found.items() if kept is None or b"NRT_" in kept[1]] == []
+
+
 TINY = """
 import numpy as np
 from numba import types
@@ -342,3 +360,21 @@ def test_four_cold_starts_at_once(tmp_path: Path) -> None:
     (path,) = tmp_path.rglob("*.o")
     assert read_cached(path) is not None
     assert not list(tmp_path.rglob(".new-*"))
+
+
+# ---- Arm
+@pytest.mark.parametrize(
+    ("known", "capabilities", "capabilities2", "features"),
+    [
+        ("+neon,+crc", 0, 0, "+neon,+crc"),
+        ("+neon,+crc", 1 << 20, 0, "+neon,+crc,+dotprod"),
+        ("+neon,+crc", 0xFFF8FFFF & ~(1 << 20), 1 << 13, "+neon,+crc,+i8mm"),
+        ("-dotprod,-i8mm", 1 << 20, 1 << 13, "-dotprod,-i8mm,+dotprod,+i8mm"),
+        ("+neon", 1 << 13, 1 << 20, "+neon"),
+        ("", 1 << 20, 1 << 13, "+dotprod,+i8mm"),
+        ("", 0, 0, ""),
+    ],
+)
+def test_byte_products_that_linux_tells_of(known: str, capabilities: int, capabilities2: int, features: str) -> None:
+    """Words of the auxiliary vector: AT_HWCAP (16) has dotprod as bit 20, AT_HWCAP2 (26) has i8mm as bit 13."""
+    assert arm_features(known, {16: capabilities, 26: capabilities2}) == features
