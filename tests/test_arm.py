@@ -25,6 +25,8 @@ HERE = Path(__file__).parent
 FORMATS = ("q4_k", "q6_k", "q8_0")
 PANELS = tuple(f"panel_{name}" for name in FORMATS)
 KERNELS = (*PANELS, *(f"dot_{name}" for name in FORMATS), "attend4_f16", "attend4_q8_0")
+# A format with an offset for each block, which the panel adds by itself.
+WITH_OFFSETS = ("panel_q4_1", "dot_q4_1")
 
 ROWS_ON_ARM = 16
 
@@ -45,7 +47,7 @@ class Target(NamedTuple):
 
 TARGETS = {
     "linux": Target(
-        "aarch64-unknown-linux-gnu", "neoverse-n1", "dotprod", KERNELS, "sdot", 16,
+        "aarch64-unknown-linux-gnu", "neoverse-n1", "dotprod", (*KERNELS, *WITH_OFFSETS), "sdot", 16,
         {"panel_q4_k": (101, 4), "panel_q6_k": (121, 0), "panel_q8_0": (124, 22)},
     ),
     "linux i8mm": Target(
@@ -220,11 +222,14 @@ EMULATED = {"neon": "cortex-a72", "dotprod": "neoverse-n1", "i8mm": "max"}
 @emulated
 @pytest.mark.parametrize("name", RUN)
 def test_products_under_emulation(generated: dict[str, Path], name: str) -> None:
-    """Dot and panel against the exact product with the quantized activations, within the bound of test_kernels.py."""
+    """Dot and panel against the exact product with the quantized activations, within the bound of test_kernels.py.
+
+    One token alone and the same among others give the same bits.
+    """
     kernels = TARGETS[name].kernels
-    rng, program, checks, n_tokens = np.random.default_rng(0), Program(kernels, 2**21), [], 6
+    rng, program, checks, pairs, n_tokens = np.random.default_rng(0), Program(kernels, 2**21), [], [], 6
     panel, room = program.place(np.zeros(256 * 4 * ROWS_ON_ARM, np.uint8)), (n_tokens + 3, ROWS_ON_ARM)
-    for fmt in (getattr(formats, f.upper()) for f in FORMATS if f"panel_{f}" in kernels):
+    for fmt in (getattr(formats, f.upper()) for f in (*FORMATS, "q4_1") if f"panel_{f}" in kernels):
         for n_cols, n_rows in ((256, 16), (768, 5), *([(32, 16), (352, 11)] if fmt.block_size == 32 else [])):
             w = random_rows(rng, fmt, (n_rows, n_cols))
             weights, (n_groups, tail) = formats.dequantize(fmt, w).astype(np.float64), split(fmt, n_cols)
@@ -240,9 +245,12 @@ def test_products_under_emulation(generated: dict[str, Path], name: str) -> None
                 program.call(f"dot_{fmt.name.lower()}", one, *sizes, 1, n_groups, tail)
                 program.call(f"dot_{fmt.name.lower()}", few, *sizes, n_tokens, n_groups, tail)
                 checks += [(got, n, n_rows, exact @ weights.T, bound) for got, n in ((one, 1), (few, n_tokens))]
+                pairs.append((one[0, :n_rows], few[0, :n_rows]))
     program.run([EMULATOR, "-cpu", EMULATED[TARGETS[name].isa], str(linked(generated[name], kernels))])
     for got, n, n_rows, expected, bound in checks:
         assert (np.abs(got[:n, :n_rows] - expected[:n]) <= bound[:n]).all()
+    for alone, among_others in pairs:
+        np.testing.assert_array_equal(alone.view(np.uint32), among_others.view(np.uint32))
 
 
 @emulated
