@@ -106,8 +106,8 @@ def _make_shared(shared: Shared, lanes: int, lanes2: int, size: int, has_tail: b
 def make_dot(unpack: KFormat | BlockFormat | FloatFormat) -> Kernel:
     """Kernel: out[t][r] = row r at `w` . token t, of `n_groups` whole groups and `tail_bytes` more; out [..][ROWS].
 
-    Tokens of a group lie side by side and groups `x_stride` bytes apart. Several tokens are computed by fours or eights:
-    up to three too many, so activations must be readable and `out` writable that far, and `n_rows` is ROWS at most.
+    Tokens of a group lie side by side and groups `x_stride` bytes apart. Several tokens go by fours or eights, up to
+    three too many: activations must be readable and `out` writable that far, and `n_rows` is ROWS at most.
     """
     size, products, has_tail = group_bytes(unpack.format), row_products(unpack), unpack.format.block_size < GROUP
     one, step = _make_one(products, size, has_tail), products.token_bytes
