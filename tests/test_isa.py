@@ -19,8 +19,8 @@ TARGETS = {
 }
 # One of each kind: 6-bit scales, signed scales, all eight bits, and half floats.
 FORMATS = ("Q4_K", "Q6_K", "Q8_0", "F16")
-LEFT_OUT = ("F32", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q5_K")
-SELECTED = "extremes or dot_and_panel or attention or silu or router or number"
+LEFT_OUT = ("F32", "BF16", "Q4_1", "Q5_0")
+SELECTED = "extremes or dot_and_panel or neighbours or attention or parts_of_a_context or silu or router or number"
 
 
 def logits_of_all(folder: Path) -> dict[str, np.ndarray]:
@@ -82,7 +82,7 @@ def test_a_narrower_instruction_set(isa: str, models: Path, tmp_path: Path) -> N
         pytest.skip(f"this processor has no {', '.join(sorted(missing))}")
     command = [sys.executable, "-W", "error", __file__, isa, str(models), str(tmp_path / "out.npz")]
     done = subprocess.run(
-        command, env=environment(isa, tmp_path), capture_output=True, text=True, timeout=280, cwd=HERE.parent
+        command, env=environment(isa, tmp_path), capture_output=True, text=True, timeout=400, cwd=HERE.parent
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     here, there = logits_of_all(models), np.load(tmp_path / "out.npz")
