@@ -88,12 +88,12 @@ def measure(model: str, threads: int | None, sizes: "Sequence[Size]") -> Bench:
     from llmq.speed import measure_layer, measure_model
 
     with options.open_model(model, options.Engine(None, None, threads, "f16")) as loaded:
-        compiling = Compiling(compile_log.count, compile_log.seconds, cache_folder() is not None)
         show_measuring("this machine")
         machine = measure_and_remember(usable_cores(), None)
         speed = measure_model(loaded, show_measuring)
         name, n_threads = loaded.path.stem, loaded.n_threads
     layer = None if speed.is_memory_bound else measure_layer(n_threads, show_measuring)
+    compiling = Compiling(compile_log.count, compile_log.seconds, cache_folder() is not None)
     memory_bytes = psutil.virtual_memory().total
     forecasts = [forecast(each, layer or speed, memory_bytes) for each in sizes]
     return Bench(one_line(name, 40), n_threads, ISA, cpu_name(), compiling, machine, speed, layer, forecasts)
@@ -106,7 +106,7 @@ def show_measuring(what: str) -> None:
 def show(found: Bench) -> None:
     show_table([], facts(found))
     show_table(["MODEL", "WORK", "TOKENS/S", "FROM", "TO", "OF THE LIMIT"], rates(found))
-    show_table(["MODEL", "TYPE", "WEIGHTS", "SIZE", "PREDICTED PROMPT", "PREDICTED REPLY"], predictions(found))
+    show_table(["MODEL", "TYPE", "WEIGHTS", "SIZE", "PROMPT TOKENS/S", "REPLY TOKENS/S"], predictions(found))
 
 
 def facts(found: Bench) -> list[Row]:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 TYPICAL, TYPE = "mistral-7b", "q4_k_m"
 # 7B, 22.2B or 350M weights; behind a slash, those that a token uses
 WEIGHTS = re.compile(r"(\d+(?:\.\d+)?)([BM])(?:/(\d+(?:\.\d+)?)([BM]))?", re.IGNORECASE)
+LEAST, MOST = 1e6, 1e13  # weights
 # A model's weights leave room for the rest of the system.
 MEMORY_SHARE = 0.9
 
@@ -53,8 +54,8 @@ def parse_size(text: str) -> Size:
     """
     from quant.recipe import PRESETS
 
-    what, _, kind = text.partition(":")
-    kind = kind.lower() or TYPE
+    what, colon, kind = text.partition(":")
+    kind = kind.lower() if colon else TYPE
     if kind not in PRESETS:
         raise UsageError(f"there is no type {kind[:20]!a}; there are {', '.join(PRESETS)}")
     entries = {entry.name: entry for entry in catalog()}
@@ -68,8 +69,10 @@ def parse_size(text: str) -> Size:
         )
     total = weights(match[1], match[2])
     used = weights(match[3], match[4]) if match[3] else total
-    if not 0 < used <= total:
-        raise UsageError(f"cannot predict {text[:20]!a}: it must have weights, and use no more than it has")
+    if not LEAST <= used <= total <= MOST:
+        raise UsageError(
+            f"cannot predict {text[:20]!a}: give 1M to 10000B weights, of which a token uses no more than there are"
+        )
     return scaled(size_of(entries[TYPICAL], kind), what, total, used)
 
 

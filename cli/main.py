@@ -88,7 +88,9 @@ def execute(arguments: list[str]) -> int:
     except LlmqError as error:
         return fail(str(error), error.exit_code)
     except TyperException as error:
-        return fail(f"{error.format_message().rstrip('.')}; try `llmq --help`", error.exit_code)
+        wrong = getattr(error, "ctx", None)  # the command whose words are wrong
+        page = wrong.command_path if wrong else "llmq"
+        return fail(f"{error.format_message().rstrip('.')}; try `{page} --help`", error.exit_code)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:

@@ -62,11 +62,14 @@ class Status:
 
 
 status = Status()
+NOT_KEPT = "compiling, and at every start again: the cache folder cannot be used; LLMQ_CACHE_DIR names another"
 
 
 def show_compiling(kernel: str) -> None:
     """Told by the runtime before each kernel that it has to compile."""
-    status.show("compiling for this processor, once", kernel)
+    from llmq.jit import cache_folder
+
+    status.show("compiling for this processor, once" if cache_folder() else NOT_KEPT, kernel)
 
 
 def show_loading(event: str) -> None:

@@ -12,6 +12,8 @@ import numpy as np
 
 from llmq.errors import FileFormatError, UsageError
 
+NOT_NUMBERS = "the model computed values that are not numbers; its file is probably damaged"
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
@@ -55,7 +57,7 @@ def sample(logits: np.ndarray, sampling: Sampling, recent: Sequence[int], rng: n
     _penalize(scores, sampling, recent)
     best = int(np.argmax(scores))  # a NaN if there is one
     if not math.isfinite(scores[best]):
-        raise FileFormatError("the model computed values that are not numbers; its file is probably damaged")
+        raise FileFormatError(NOT_NUMBERS)
     if sampling.temperature == 0:
         return best
     scores -= scores[best]

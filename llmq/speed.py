@@ -16,9 +16,11 @@ from llmq.cache import KVRing
 from llmq.config import ModelConfig, tensor_shapes
 from llmq.cores import last_cache_bytes
 from llmq.engine.cpu import Engine
+from llmq.errors import FileFormatError
 from llmq.formats import F32, Q4_K, Format, row_bytes
 from llmq.gguf import GGUF, TensorInfo
 from llmq.model import Model
+from llmq.sampler import NOT_NUMBERS
 from llmq.team import aligned
 
 PREFILL, DECODE = (128, 512), 16  # tokens
@@ -89,7 +91,7 @@ def work_per_token(config: ModelConfig, tensors: Mapping[str, tuple[tuple[int, .
 def measure_model(model: Model, tell: Callable[[str], None]) -> Speed:
     """Speed of a loaded model; its conversation is left alone. `tell` is told what is being measured.
 
-    May be interrupted (KeyboardInterrupt).
+    May be interrupted (KeyboardInterrupt). Raises FileFormatError for weights that give no numbers.
     """
     return _measure(model._engine, model.n_ctx, model.path.stem, tell)
 
@@ -134,7 +136,9 @@ def _measure(engine: Engine, n_ctx: int, name: str, tell: Callable[[str], None])
     lengths = sorted({min(n, n_ctx) for n in PREFILL})
     ring = engine.ring(lengths[-1])
     ids = np.random.default_rng(0).integers(0, engine.config.vocab_size, lengths[-1]).tolist()
-    _read(engine, ring, ids[:32])  # the file's first pages, and the threads
+    logits = _read(engine, ring, ids[:32])  # the file's first pages, and the threads
+    if not np.isfinite(logits).all():
+        raise FileFormatError(NOT_NUMBERS)
     prefill = []
     for length in lengths:
         tell(f"{name}, prompt of {length}")
@@ -146,7 +150,7 @@ def _measure(engine: Engine, n_ctx: int, name: str, tell: Callable[[str], None])
     return Speed(work, tuple(prefill), decode, work.n_bytes > 2 * last_cache_bytes())
 
 
-def _rate(n_tokens: int, run: Callable[[], None]) -> Rate:
+def _rate(n_tokens: int, run: Callable[[], object]) -> Rate:
     runs: list[float] = []
     first = time.perf_counter()
     while True:
@@ -159,12 +163,13 @@ def _rate(n_tokens: int, run: Callable[[], None]) -> Rate:
             return Rate(n_tokens, tuple(runs))
 
 
-def _read(engine: Engine, ring: KVRing, ids: Sequence[int]) -> None:
-    """A prompt from position 0 on, up to the logits of its last token."""
+def _read(engine: Engine, ring: KVRing, ids: Sequence[int]) -> np.ndarray:
+    """Logits of the last token of a prompt, read from position 0 on."""
     for first in range(0, len(ids), engine.batch):
         part = ids[first : first + engine.batch]
         outputs = [len(part) - 1] if first + len(part) == len(ids) else []
-        engine.forward(part, range(first, first + len(part)), [ring] * len(part), outputs)
+        logits = engine.forward(part, range(first, first + len(part)), [ring] * len(part), outputs)
+    return logits
 
 
 def _read_singly(engine: Engine, ring: KVRing, ids: Sequence[int]) -> None:

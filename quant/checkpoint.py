@@ -106,4 +106,4 @@ def _no_weights(folder: Path) -> Exception:
         )
     if any(name.startswith("consolidated") for name in names):
         return UnsupportedError(f"{quoted(folder.name)} has only consolidated weights; llmq reads {SINGLE} or {INDEX}")
-    return UsageError(f"{quoted(folder.name)} has neither {SINGLE} nor {INDEX}; give the folder of a checkpoint")
+    return UsageError(f"{quoted(str(folder))} has neither {SINGLE} nor {INDEX}; give the folder of a checkpoint")

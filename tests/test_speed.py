@@ -12,6 +12,7 @@ from llmq import Sampling, load, speed
 from llmq.cache import KVRing
 from llmq.config import read_config
 from llmq.engine.cpu import Engine
+from llmq.errors import FileFormatError
 from llmq.formats import F32, Q4_K, Q6_K, Q8_0
 from llmq.gguf import open_gguf
 from llmq.kernels.kv import F16_KV
@@ -22,6 +23,17 @@ def work_of(path: Path) -> Work:
     with open_gguf(path) as gguf:
         tensors = {name: (info.shape, info.format) for name, info in gguf.tensors.items()}
         return work_per_token(read_config(gguf), tensors)
+
+
+def test_weights_that_give_no_numbers_are_refused(tiny_model: Tiny, tmp_path: Path) -> None:
+    whole = tiny_model(format=F32)[0]
+    with open_gguf(whole) as gguf:
+        weights = gguf.data("output.weight").tobytes()
+    content = whole.read_bytes().replace(weights, b"\xff" * len(weights))
+    path = tmp_path / "broken.gguf"
+    path.write_bytes(content)
+    with load(path, threads=1) as model, pytest.raises(FileFormatError, match="not numbers"):
+        measure_model(model, print)
 
 
 # Of the tiny models: width 256, 8 heads and 2 KV heads of 32, feed-forward 512, a vocabulary of 512, 2 layers.
