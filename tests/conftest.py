@@ -1,5 +1,6 @@
 """Tiny models, each written once per run."""
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 from tiny import tiny_gguf
+
+# A shell starts jobs in the background with Ctrl-C ignored, and programs that tests start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 Tiny = Callable[..., tuple[Path, dict[str, np.ndarray]]]
 
