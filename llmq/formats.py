@@ -30,17 +30,21 @@ Q4_1 = Format("Q4_1", 3, 32, 20)
 Q5_0 = Format("Q5_0", 6, 32, 22)
 Q5_1 = Format("Q5_1", 7, 32, 24)
 Q8_0 = Format("Q8_0", 8, 32, 34)
+Q2_K = Format("Q2_K", 10, 256, 84)
+Q3_K = Format("Q3_K", 11, 256, 110)
 Q4_K = Format("Q4_K", 12, 256, 144)
 Q5_K = Format("Q5_K", 13, 256, 176)
 Q6_K = Format("Q6_K", 14, 256, 210)
+IQ4_NL = Format("IQ4_NL", 20, 32, 18)
+IQ4_XS = Format("IQ4_XS", 23, 256, 136)
 BF16 = Format("BF16", 30, 1, 2)
 
 # The ggml types that llmq does not read, so that they can be refused by name.
 GGML_NAMES = {
-    4: "Q4_2", 5: "Q4_3", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS",
-    19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64",
-    28: "F64", 29: "IQ1_M", 31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8", 34: "TQ1_0", 35: "TQ2_0",
-    36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8", 39: "MXFP4", 40: "NVFP4", 41: "Q1_0",
+    4: "Q4_2", 5: "Q4_3", 9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 21: "IQ3_S",
+    22: "IQ2_S", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 31: "Q4_0_4_4", 32: "Q4_0_4_8",
+    33: "Q4_0_8_8", 34: "TQ1_0", 35: "TQ2_0", 36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8", 39: "MXFP4",
+    40: "NVFP4", 41: "Q1_0",
 }  # fmt: skip
 
 
@@ -124,6 +128,52 @@ def _q5_1(blocks: np.ndarray) -> np.ndarray:
     return _half(blocks, 0) * q + _half(blocks, 2)
 
 
+# What the four bits of IQ4_NL and IQ4_XS stand for: closer together where weights are many.
+IQ4_VALUES = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int8)
+
+
+# | d | qs[16] |        qs as in Q4_0                                       w[i] = d * IQ4_VALUES[q[i]]
+def _iq4_nl(blocks: np.ndarray) -> np.ndarray:
+    q = _fields(blocks[:, 2:], 4).reshape(-1, 32)
+    return _half(blocks, 0) * IQ4_VALUES[q].astype(np.float32)
+
+
+# | d | sh[2] | sl[4] | qs[128] |    sub-block j of 32 weights has qs[16j ..], packed as in Q4_0
+# sc[j]: b3..b0 in sl[j/2], the lower half for even j; b5 b4 are bits 2j+1 and 2j of the number sh
+#                                                               w[i] = (d * (sc[i/32] - 32)) * IQ4_VALUES[q[i]]
+def _iq4_xs(blocks: np.ndarray) -> np.ndarray:
+    low = _fields(blocks[:, 4:8], 4).swapaxes(1, 2).reshape(-1, 8)
+    high = _fields(blocks[:, 2:4], 2).swapaxes(1, 2).reshape(-1, 8)
+    scale = _half(blocks, 0) * ((low | high << np.uint8(4)).view(np.int8) - np.int8(32)).astype(np.float32)
+    q = _fields(blocks[:, 8:].reshape(-1, 8, 16), 4).reshape(-1, 8, 32)
+    return scale[:, :, None] * IQ4_VALUES[q].astype(np.float32)
+
+
+# | sm[16] | qs[64] | d | dmin |     sm[j] = m[j] b3..b0 in b7..b4, sc[j] b3..b0 in b3..b0,  j = i/16
+# Each half h of 128 weights: qs[32h + l] = q[l+96], q[l+64], q[l+32], q[l], two bits each,   l = 0..31
+#                                                               w[i] = (d * sc[j]) * q[i] - (dmin * m[j])
+def _q2_k(blocks: np.ndarray) -> np.ndarray:
+    q = _fields(blocks[:, 16:80].reshape(-1, 2, 32), 2).reshape(-1, 16, 16)
+    scale = _half(blocks, 80) * (blocks[:, :16] & 15).astype(np.float32)
+    minimum = _half(blocks, 82) * (blocks[:, :16] >> 4).astype(np.float32)
+    return scale[:, :, None] * q.astype(np.float32) - minimum[:, :, None]
+
+
+# | hmask[32] | qs[64] | scales[12] | d |      qs as in Q2_K; bit j of hmask[l] is bit 2 of weight 32j + l
+# sc[j], j = 0..15: b3..b0 in scales[j], the lower half, for j < 8, else in scales[j-8], the upper half;
+#                   b5 b4 in scales[8 + j%4], bits 2(j/4)+1 and 2(j/4)
+#                                                               w[i] = (d * (sc[i/16] - 32)) * (q[i] - 4)
+def _q3_k(blocks: np.ndarray) -> np.ndarray:
+    low = _fields(blocks[:, 32:96].reshape(-1, 2, 32), 2).reshape(-1, 256)
+    third = _fields(blocks[:, 0:32], 1).reshape(-1, 256)
+    q = (low | third << np.uint8(2)).view(np.int8) - np.int8(4)
+    scales = _fields(blocks[:, 96:104], 4).reshape(-1, 16) | _fields(blocks[:, 104:108], 2).reshape(-1, 16) << np.uint8(
+        4
+    )
+    scale = _half(blocks, 108) * (scales.view(np.int8) - np.int8(32)).astype(np.float32)
+    return scale[:, :, None] * q.reshape(-1, 16, 16).astype(np.float32)
+
+
 def _six_bit_scales(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Q4_K and Q5_K: eight 6-bit scales and eight 6-bit minima from 12 bytes, as uint8 [n, 8] each.
 
@@ -173,7 +223,7 @@ def _q6_k(blocks: np.ndarray) -> np.ndarray:
 
 DEQUANTIZE: dict[Format, Callable[[np.ndarray], np.ndarray]] = {
     F32: _f32, F16: _f16, BF16: _bf16, Q8_0: _q8_0, Q4_0: _q4_0, Q4_1: _q4_1, Q5_0: _q5_0, Q5_1: _q5_1,
-    Q4_K: _q4_k, Q5_K: _q5_k, Q6_K: _q6_k,
+    Q2_K: _q2_k, Q3_K: _q3_k, Q4_K: _q4_k, Q5_K: _q5_k, Q6_K: _q6_k, IQ4_NL: _iq4_nl, IQ4_XS: _iq4_xs,
 }  # fmt: skip
 
 FORMATS = {fmt.id: fmt for fmt in DEQUANTIZE}

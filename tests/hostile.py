@@ -135,7 +135,7 @@ HOSTILE: dict[str, tuple[Parts, type[LlmqError], str]] = {
     "dims_wrap_to_0": (one_tensor([2**16, 2**16, 2**16, 2**16]), FileFormatError, "cut short"),
     "dims_wrap_to_128": (one_tensor([2**30, 2**30, 2**4 + 1]), FileFormatError, "cut short"),
     "rows_of_255": (one_tensor([255, 2], 12), FileFormatError, "blocks of 256"),
-    "type_q2_k": (one_tensor([256], 10), UnsupportedError, "Q2_K"),
+    "type_iq2_xs": (one_tensor([256], 17), UnsupportedError, "IQ2_XS"),
     "type_removed": (one_tensor([256], 31), UnsupportedError, "Q4_0_4_4"),
     "type_99": (one_tensor([32], 99), UnsupportedError, "99"),
     "type_2p32": (one_tensor([32], 2**32 - 1), UnsupportedError, "4294967295"),

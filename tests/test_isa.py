@@ -19,7 +19,7 @@ TARGETS = {
 }
 # One of each kind: 6-bit scales, signed scales, all eight bits, and half floats.
 FORMATS = ("Q4_K", "Q6_K", "Q8_0", "F16")
-LEFT_OUT = ("F32", "BF16", "Q4_1", "Q5_0")
+LEFT_OUT = ("F32", "BF16", "Q4_1", "Q5_0", "Q2_K", "IQ4_NL")
 SELECTED = "extremes or dot_and_panel or neighbours or attention or parts_of_a_context or silu or router or number"
 
 

@@ -184,13 +184,20 @@ def extreme_rows(fmt: Format, fill: int, scale: int, n_cols: int = GROUP) -> np.
         raw = {"F32": value, "F16": value.astype(np.float16), "BF16": value.view(np.uint16)[1:]}[fmt.name]
         return np.tile(raw.view(np.uint8), (3, n_cols))
     blocks = np.full((3, n_cols // fmt.block_size, fmt.block_bytes), fill, np.uint8)
-    halves = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "Q4_1": (0, 2), "Q5_1": (0, 2)}
+    both = {"Q2_K": (80, 82), **dict.fromkeys(("Q4_K", "Q5_K", "Q4_1", "Q5_1"), (0, 2))}
+    halves = {"Q3_K": (108,), "Q6_K": (208,), **both}
     for at in halves.get(fmt.name, (0,)):
         blocks[:, :, at : at + 2] = np.array([1], np.float16).view(np.uint8)
     if fmt.name in ("Q4_K", "Q5_K"):
         blocks[:, :, 4:16] = [scale] * 8 + [scale * 17] * 4 if scale < 16 else 255
     if fmt.name == "Q6_K":
         blocks[:, :, 192:208] = np.array([scale], np.int8).view(np.uint8)
+    if fmt.name == "Q2_K":
+        blocks[:, :, :16] = scale * 17
+    if fmt.name == "Q3_K":
+        blocks[:, :, 96:108] = [(scale + 32 & 15) * 17] * 8 + [(scale + 32 >> 4) * 85] * 4
+    if fmt.name == "IQ4_XS":
+        blocks[:, :, 2:8] = [(scale + 32 >> 4) * 85] * 2 + [(scale + 32 & 15) * 17] * 4
     return blocks.reshape(3, -1)
 
 
@@ -201,7 +208,10 @@ PATTERNS = [
     np.tile([127, 127, -127, -127], GROUP // 4),
     np.eye(1, GROUP, 77)[0] * -127,
 ]
-SUB_BLOCK_SCALES = {"Q4_K": (1, 2, 63), "Q5_K": (1, 2, 63), "Q6_K": (1, -2, 127, -128)}
+SUB_BLOCK_SCALES = {
+    "Q2_K": (1, 2, 15), "Q3_K": (1, -2, 31, -32), "Q4_K": (1, 2, 63), "Q5_K": (1, 2, 63), "Q6_K": (1, -2, 127, -128),
+    "IQ4_XS": (1, -2, 31, -32),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("fill", [0x00, 0x7F, 0x80, 0xFF, 0xF0, 0x0F])

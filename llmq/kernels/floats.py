@@ -43,7 +43,7 @@ def _k_group(unpack: KFormat) -> Any:
 
 
 def _block_group(unpack: BlockFormat) -> Any:
-    lanes, factors, block = unpack.lanes, unpack.factors, unpack.format.block_bytes
+    lanes, factors = unpack.lanes, unpack.factors
 
     @jit
     def group(out, w):
@@ -51,7 +51,7 @@ def _block_group(unpack: BlockFormat) -> Any:
         for j in range(4):
             store_u8x64(u, lanes(w, j))
             for half in range(2):
-                d, c = factors(w + (2 * j + half) * block)
+                d, c = factors(w, 2 * j + half)
                 for i in range(32):
                     at = 32 * half + i
                     store_f32(out + 256 * j + 4 * at, d * np.float32(load_u8(u + at)) + c)

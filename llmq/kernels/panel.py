@@ -176,7 +176,7 @@ def _k_tile(unpack: KFormat) -> Any:
 
 
 def _block_pack(unpack: BlockFormat) -> Any:
-    pack_lanes, factors, block = _pack_lanes(product_lanes(unpack)), unpack.factors, unpack.format.block_bytes
+    pack_lanes, factors = _pack_lanes(product_lanes(unpack)), unpack.factors
 
     @jit
     def pack(panel, w, row_bytes, n_rows):
@@ -184,7 +184,7 @@ def _block_pack(unpack: BlockFormat) -> Any:
         for r in range(ROWS):
             at = w + min(r, n_rows - 1) * row_bytes
             for s in range(8):
-                d, c = factors(at + s * block)
+                d, c = factors(at, s)
                 store_f32(panel + SCALES + LINE * s + 4 * r, d)
                 store_f32(panel + SCALES + LINE * (8 + s) + 4 * r, c)
 

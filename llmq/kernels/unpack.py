@@ -14,13 +14,34 @@ from typing import Any
 
 import numpy as np
 
-from llmq.formats import BF16, F16, F32, Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K, Q6_K, Q8_0, Format
+from llmq.formats import (
+    BF16,
+    F16,
+    F32,
+    IQ4_NL,
+    IQ4_VALUES,
+    IQ4_XS,
+    Q2_K,
+    Q3_K,
+    Q4_0,
+    Q4_1,
+    Q4_K,
+    Q5_0,
+    Q5_1,
+    Q5_K,
+    Q6_K,
+    Q8_0,
+    Format,
+)
 from llmq.jit import jit
 from llmq.simd import (
     SIGNED,
+    about32_i16,
     bits_u8x32,
     f32_of_bf16x16,
+    f32x8_of_bytes,
     gather_f16x8,
+    high_nibbles_i16,
     i16_of_i8x16,
     i16_of_u8x16,
     join_u8x32,
@@ -29,12 +50,16 @@ from llmq.simd import (
     load_f16x16,
     load_f32x16,
     load_i8x16,
+    load_i16,
     load_i64,
+    load_u8,
     load_u8x16,
     load_u8x32,
     load_u8x64,
     load_u16x16,
     load_u32,
+    lookup16,
+    low_nibbles_i16,
     nibbles_u8x32,
     pick_bits,
     rotate_u8x32,
@@ -79,7 +104,7 @@ class BlockFormat:
     top: int  # the largest lane
     centre: int  # not 0: x = d * (u - centre)
     lanes: Callable[..., Any]  # (w, j) -> u8x64
-    factors: Callable[..., Any]  # (address of one block) -> d, c
+    factors: Callable[..., Any]  # (w, s) -> d, c of block s of the group
     factors8: Callable[..., Any]  # (w) -> f32x8, f32x8: d and c of the group's blocks
 
 
@@ -95,6 +120,7 @@ class FloatFormat:
 #   ab: byte i holds  hh ssssss   scale i (i = 0..3) or min i - 4 (i = 4..7), h = bits 4, 5 of that four further on
 #   c:  byte i holds  mmmm ssss   low 4 bits of min i+4 and scale i+4
 LOW6, LOW4, HIGH2 = np.uint64(0x3F3F3F3F3F3F3F3F), np.uint64(0x0F0F0F0F0F0F0F0F), np.uint64(0x3030303030303030)
+LOW2 = np.uint64(0x0303030303030303)
 
 
 @jit
@@ -185,6 +211,61 @@ def q6_k_factors(w):
 
 
 @jit
+def _two_bits(at, j):
+    """Q2_K and Q3_K: byte i at `at` has weights i, i + 32, i + 64 and i + 96 of 128, from the lowest bits on."""
+    shift = 4 * (j & 1)
+    return rotate_u8x32(load_u8x32(at + 32 * (j >> 1)), -shift, -shift - 2) & splat_u8x64(np.uint8(3))
+
+
+@jit
+def q2_k_lanes(w, j):
+    return _two_bits(w + 16, j)
+
+
+@jit
+def q2_k_scales(w):
+    return low_nibbles_i16(load_u8x16(w))
+
+
+@jit
+def q2_k_mins(w):
+    return high_nibbles_i16(load_u8x16(w))
+
+
+@jit
+def q2_k_factors(w):
+    return load_f16_pair(w + 80)
+
+
+@jit
+def q3_k_lanes(w, j):
+    """Byte i of the mask has bit s of weight i of sub-block s of 32."""
+    first = 1 << 2 * j
+    third = pick_bits(load_u8x32(w), np.uint8(first), np.uint8(2 * first))
+    return _two_bits(w + 32, j) | (third >> splat_u8x64(np.uint8(2)))
+
+
+@jit
+def _four_and_two_bits(low, high):
+    """Four scales from the lower halves of four bytes, then four from the upper ones; two bits each of `high`."""
+    four = (low | (low << np.uint64(28))) & LOW4
+    return four | (((high | (high << np.uint64(28))) & LOW2) << np.uint64(4))
+
+
+@jit
+def q3_k_scales(w):
+    low, high = np.uint64(load_i64(w + 96)), np.uint64(load_u32(w + 104))
+    first = _four_and_two_bits(low & np.uint64(0xFFFFFFFF), high)
+    return about32_i16(weave_u64(first, _four_and_two_bits(low >> np.uint64(32), high >> np.uint64(2))))
+
+
+@jit
+def q3_k_factors(w):
+    d = load_f16(w + 108)
+    return d, d * np.float32(4)
+
+
+@jit
 def q8_0_lanes(w, j):
     w += 68 * j
     return join_u8x32(load_u8x32(w + 2), load_u8x32(w + 36)) ^ splat_u8x64(np.uint8(128))
@@ -220,13 +301,51 @@ def q5_1_lanes(w, j):
     return join_u8x32(_five_bits(w + 4, w + 8), _five_bits(w + 28, w + 32))
 
 
+# Unsigned bytes have 128 added.
+iq4_values = lookup16([int(value) + 128 for value in IQ4_VALUES])
+
+
+@jit
+def iq4_nl_lanes(w, j):
+    return iq4_values(q4_0_lanes(w, j))
+
+
+@jit
+def iq4_xs_lanes(w, j):
+    w += 8 + 32 * j
+    return iq4_values(join_u8x32(nibbles_u8x32(load_u8x16(w)), nibbles_u8x32(load_u8x16(w + 16))))
+
+
+@jit
+def iq4_xs_factors(w, s):
+    low = (load_u8(w + 4 + (s >> 1)) >> (4 * (s & 1))) & 15
+    high = (load_u8(w + 2 + (s >> 2)) >> (2 * (s & 3))) & 3
+    d = load_f16(w) * np.float32((low | high << 4) - 32)
+    return d, d * np.float32(-128)
+
+
+@jit
+def iq4_xs_factors8(w):
+    """Eight scales, each four bits of a byte at 4 and two of one at 2, spread over eight bytes."""
+    low, high = np.uint64(load_u32(w + 4)), np.uint64(load_i16(w + 2)) & np.uint64(0xFFFF)
+    low = (low | (low << np.uint64(16))) & np.uint64(0x0000FFFF0000FFFF)
+    low = (low | (low << np.uint64(8))) & np.uint64(0x00FF00FF00FF00FF)
+    low = (low | (low << np.uint64(4))) & LOW4
+    high = (high | (high << np.uint64(24))) & np.uint64(0x000000FF000000FF)
+    high = (high | (high << np.uint64(12))) & np.uint64(0x000F000F000F000F)
+    high = (high | (high << np.uint64(6))) & LOW2
+    scales = f32x8_of_bytes(low | (high << np.uint64(4))) - splat_f32x8(np.float32(32))
+    d = splat_f32x8(load_f16(w)) * scales
+    return d, d * splat_f32x8(np.float32(-128))
+
+
 def centred(fmt: Format, top: int, lanes: Callable[..., Any], centre: int) -> BlockFormat:
     """Blocks that start with a scale: x = d * (u - centre)."""
     offset, step = np.float32(-centre), fmt.block_bytes
 
     @jit
-    def factors(w):
-        d = load_f16(w)
+    def factors(w, s):
+        d = load_f16(w + s * step)
         return d, d * offset
 
     @jit
@@ -242,8 +361,8 @@ def with_minimum(fmt: Format, top: int, lanes: Callable[..., Any]) -> BlockForma
     step = fmt.block_bytes
 
     @jit
-    def factors(w):
-        return load_f16(w), load_f16(w + 2)
+    def factors(w, s):
+        return load_f16(w + s * step), load_f16(w + s * step + 2)
 
     @jit
     def factors8(w):
@@ -270,6 +389,8 @@ def bf16_lanes(w):
 UNPACK: dict[int, KFormat | BlockFormat | FloatFormat] = {
     unpack.format.id: unpack
     for unpack in (
+        KFormat(Q2_K, 16, 3, q2_k_lanes, q2_k_scales, q2_k_mins, q2_k_factors),
+        KFormat(Q3_K, 16, 7, q3_k_lanes, q3_k_scales, q3_k_scales, q3_k_factors, centre=4),
         KFormat(Q4_K, 32, 15, q4_k_lanes, k45_scales, k45_mins, k45_factors, q4_k_halves, k45_words, q4_k_wide),
         KFormat(Q5_K, 32, 31, q5_k_lanes, k45_scales, k45_mins, k45_factors, q5_k_halves, k45_words, q5_k_wide),
         KFormat(Q6_K, 16, 63, q6_k_lanes, q6_k_scales, q6_k_scales, q6_k_factors, centre=32),
@@ -278,6 +399,8 @@ UNPACK: dict[int, KFormat | BlockFormat | FloatFormat] = {
         with_minimum(Q4_1, 15, q4_1_lanes),
         centred(Q5_0, 31, q5_0_lanes, 16),
         with_minimum(Q5_1, 31, q5_1_lanes),
+        centred(IQ4_NL, 255, iq4_nl_lanes, 128),
+        BlockFormat(IQ4_XS, 255, 128, iq4_xs_lanes, iq4_xs_factors, iq4_xs_factors8),
         FloatFormat(F32, f32_lanes),
         FloatFormat(F16, f16_lanes),
         FloatFormat(BF16, bf16_lanes),

@@ -124,10 +124,15 @@ from llmq.simd.tile import (
     tile_times,
 )
 from llmq.simd.unpack import (
+    about32_i16,
     bits_u8x32,
+    f32x8_of_bytes,
     high_i16_u8x16,
+    high_nibbles_i16,
     i16_of_u8x16,
     join_u8x32,
+    lookup16,
+    low_nibbles_i16,
     low_pairs_u8x16,
     nibbles_u8x32,
     pair_f32x16,

@@ -1,5 +1,6 @@
 """Packed bits to lanes, and lanes turned round: what block formats need."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from llvmlite import ir
@@ -10,9 +11,12 @@ from llmq.simd.vector import (
     I8,
     I32,
     I64,
+    ISA,
     NEON,
     call_intrinsic,
+    concat,
     const,
+    f32x8,
     f32x16,
     i16x8,
     i16x16,
@@ -21,6 +25,7 @@ from llmq.simd.vector import (
     ll,
     op,
     shuffle,
+    slices,
     splat,
     u8x16,
     u8x32,
@@ -147,3 +152,41 @@ def _low_pairs(b: Any, x: Any) -> Any:
 # of sixteen bytes the first eight as i32, each in both halves, and the last eight as i16
 low_pairs_u8x16 = op(_low_pairs, i32x8, u8x16)
 high_i16_u8x16 = op(lambda b, x: b.zext(shuffle(b, x, x, range(8, 16)), ll(i16x8)), i16x8, u8x16)
+
+
+_SHUFFLE, _TABLE = ("llvm.x86.avx2.pshuf.b", 32), ("llvm.aarch64.neon.tbl1.v16i8", 16)
+# What looks up bytes in tables of 16, and how many at once.
+LOOKUPS = {
+    "avx512vnni": ("llvm.x86.avx512.pshuf.b.512", 64), "avxvnni": _SHUFFLE, "avx2": _SHUFFLE,
+    "i8mm": _TABLE, "dotprod": _TABLE, "neon": _TABLE,
+}  # fmt: skip
+
+
+def lookup16(table: Sequence[int]) -> Any:
+    """An intrinsic u8x64 -> u8x64: what stands in a table of 16 bytes at each lane, 0..15."""
+
+    def build(b: Any, x: Any) -> Any:
+        if ISA in LOOKUPS:
+            name, n = LOOKUPS[ISA]
+            t = ir.VectorType(I8, n)
+            tables = const(t, [*table] * (n // 16))
+            return concat(b, [call_intrinsic(b, name, t, tables, part) for part in slices(b, x, 64 // n)])
+        found = const(x.type, [table[0]] * 64)
+        for i, value in enumerate(table[1:], 1):
+            there = b.icmp_unsigned("==", x, const(x.type, [i] * 64))
+            found = b.select(there, const(x.type, [value] * 64), found)
+        return found
+
+    return op(build, u8x64, u8x64)
+
+
+def _f32_of_bytes(b: Any, word: Any) -> Any:
+    return b.uitofp(b.bitcast(word, ir.VectorType(I8, 8)), ll(f32x8))
+
+
+# eight bytes as floats, and of sixteen bytes the lower and the upper four bits as i16
+f32x8_of_bytes = op(_f32_of_bytes, f32x8, types.uint64)
+low_nibbles_i16 = op(lambda b, x: b.zext(b.and_(x, const(ll(u8x16), [15] * 16)), ll(i16x16)), i16x16, u8x16)
+high_nibbles_i16 = op(lambda b, x: b.zext(b.lshr(x, const(ll(u8x16), [4] * 16)), ll(i16x16)), i16x16, u8x16)
+# sixteen bytes, each less 32
+about32_i16 = op(lambda b, x: b.sub(b.zext(x, ll(i16x16)), const(ll(i16x16), [32] * 16)), i16x16, u8x16)
