@@ -133,8 +133,7 @@ def _k_mins(unpack: KFormat) -> Any:
 class Layout:
     """Where things lie in a group of activations for K weights, in bytes; the first tile's floats come first."""
 
-    lanes: tuple[int, int]
-    floats2: int  # what is multiplied with the minima
+    floats2: int  # the second tile's
     sums: int  # i16 sums of what a scale is for
     values: int
     step: int  # from one token's bytes to the next one's
@@ -145,14 +144,14 @@ def _lanes(unpack: KFormat) -> tuple[int, int]:
 
 
 def _one_layout(unpack: KFormat) -> Layout:
-    return Layout(_lanes(unpack), 0, SUMS32 if unpack.sub == 32 else SUMS16, VALUES, K_STEP)
+    return Layout(0, SUMS32 if unpack.sub == 32 else SUMS16, VALUES, K_STEP)
 
 
 def _shared_layout(unpack: KFormat, n: int) -> Layout:
     """f32 [n][lanes] | f32 [n][lanes2] | i16 sums [n][scales] | i8 [n][256]; floats are each token's, over and over."""
     lanes, lanes2 = _lanes(unpack)
     floats2, sums = 4 * n * lanes, 4 * n * (lanes + lanes2)
-    return Layout((lanes, lanes2), floats2, sums, sums + 4 * n * lanes2, 256)
+    return Layout(floats2, sums, sums + 4 * n * lanes2, 256)
 
 
 def _is_crossed(unpack: KFormat) -> bool:
