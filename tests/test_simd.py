@@ -15,21 +15,15 @@ from llmq.simd import (
     SIGNED,
     TOKENS,
     abs_f32x16,
-    add_lanes_f32x4,
-    add_lanes_f32x8,
     add_lanes_f32x16,
     add_lanes_i32x16,
     bits_u8x32,
     count16,
     dot_i16x8,
-    dot_i16x16,
-    dot_u7s8,
     dot_u7s8_half,
-    dot_u8s8,
     exp_f32x16,
     f32_of_bf16x16,
     f32_of_i32x4,
-    f32_of_i32x8,
     fma,
     grid_add_scaled,
     grid_dot,
@@ -54,9 +48,7 @@ from llmq.simd import (
     load_i8_each,
     load_i8x16,
     load_i8x32,
-    load_i8x64,
     load_i16x8,
-    load_i16x16,
     load_i32x16,
     load_q8_row,
     load_u8x16,
@@ -93,12 +85,18 @@ from llmq.simd import (
     strip_load,
     strip_settle,
     strip_store,
+    tile_add_mins,
     tile_dot_crossed32,
     tile_dot_scaled16,
     tile_dot_scaled32,
+    tile_dot_u7,
+    tile_dot_u8,
+    tile_f32,
     tile_i32,
     tile_load,
+    tile_splat,
     tile_store,
+    tile_sums,
     transpose_i32,
     twice_high,
     twice_low,
@@ -112,9 +110,9 @@ from llmq.simd import (
 
 @compiled
 def run_dots(small, full, acc, u, s):
-    start = load_i32x16(acc)
-    store_i32x16(small, dot_u7s8(start, load_u8x64(u), load_i8x64(s)))
-    store_i32x16(full, dot_u8s8(start, load_u8x64(u), load_i8x64(s)))
+    start = tile_load(tile_i32(1), acc, 64)
+    tile_store(small, 64, tile_dot_u7(start, load_u8x64(u), s, 64))
+    tile_store(full, 64, tile_dot_u8(start, load_u8x64(u), s, 64))
 
 
 def naive_dots(acc: np.ndarray, u: np.ndarray, s: np.ndarray) -> list[int]:
@@ -148,16 +146,21 @@ def test_byte_dots_of_random_lanes() -> None:
 
 
 @compiled
-def run_word_dot(out, x, y):
-    store_f32(out, add_lanes_f32x8(f32_of_i32x8(dot_i16x16(zero_i32x8(), load_i16x16(x), load_i16x16(y)))))
+def run_mins(out, mins, sums):
+    zero = tile_f32(8, 2)
+    products = tile_add_mins(zero, i16_of_i8x16(load_i8x16(mins)), sums, tile_splat(zero, np.float32(2)))
+    first, second = tile_sums(2, products, zero)
+    store_f32(out, first)
+    store_f32(out + 4, second)
 
 
-def test_word_dot() -> None:
+def test_mins_of_two_tokens() -> None:
+    """Sixteen each, side by side in one vector."""
     rng = np.random.default_rng(1)
-    x, y = rng.integers(-64, 64, 16, dtype=np.int16), rng.integers(-4064, 4065, 16, dtype=np.int16)
-    out = np.zeros(1, np.float32)
-    run_word_dot(address(out), address(x), address(y))
-    assert out[0] == sum(int(a) * int(b) for a, b in zip(x, y, strict=True))
+    mins, sums = rng.integers(-64, 64, 16, dtype=np.int8), rng.integers(-4064, 4065, (2, 16), dtype=np.int16)
+    out = np.zeros(2, np.float32)
+    run_mins(address(out), address(mins), address(sums))
+    assert out.tolist() == (2 * (sums.astype(int) @ mins.astype(int))).tolist()
 
 
 @jit
@@ -298,7 +301,7 @@ def scaled_dots(dot: Any, name: str) -> Any:
     """A kernel of both halves of a group for two tokens."""
 
     def run(out, start, u, s, scales):
-        acc, sixteen = tile_load(tile_i32(2), start, 64), load_i16x16(scales)
+        acc, sixteen = tile_load(tile_i32(2), start, 64), i16_of_i8x16(load_i8x16(scales))
         tile_store(out, 64, dot(acc, load_u8x64(u), load_u8x64(u + 64), sixteen, 0, s, 128))
         tile_store(out + 128, 64, dot(acc, load_u8x64(u), load_u8x64(u + 64), sixteen, 1, s, 128))
 
@@ -310,7 +313,7 @@ def run_half_dots(out, u, s, scales, words):
     acc = dot_u7s8_half(zero_i32x8(), load_u8x32(u), load_i8x32(s), scales)
     store_i32x8(out, dot_u7s8_half(acc, load_u8x32(u + 32), load_i8x32(s + 32), scales + 4))
     sums = dot_i16x8(zero_i32x4(), high_i16_u8x16(load_u8x16(words)), load_i16x8(words + 16))
-    store_f32(out + 32, add_lanes_f32x4(f32_of_i32x4(sums)))
+    store_f32(out + 32, tile_sums(1, (f32_of_i32x4(sums),), tile_f32(4, 1))[0])
 
 
 @pytest.mark.parametrize("extreme", [False, True])
@@ -348,7 +351,7 @@ def test_scaled_dots(name: str, extreme: bool) -> None:
     start = rng.integers(-(2**20), 2**20, (2, 16), dtype=np.int32)
     u = np.full(128, 63, np.uint8) if extreme else rng.integers(0, 64, 128, dtype=np.uint8)
     s = np.full((2, 128), -127, np.int8) if extreme else rng.integers(-127, 128, (2, 128), dtype=np.int8)
-    scales = np.full(16, -128, np.int16) if extreme else rng.integers(-128, 128, 16, dtype=np.int16)
+    scales = np.full(16, -128, np.int8) if extreme else rng.integers(-128, 128, 16, dtype=np.int8)
     if name != "scaled16":
         scales[1::2] = scales[::2]
     out = np.zeros((2, 2, 16), np.int32)

@@ -7,8 +7,6 @@ dot products, half floats) are lowered by instruction set, and only in this pack
 
 from llmq.simd.basics import (
     abs_f32x16,
-    add_lanes_f32x4,
-    add_lanes_f32x8,
     add_lanes_f32x16,
     add_lanes_i32x16,
     as_i32x16,
@@ -31,10 +29,8 @@ from llmq.simd.basics import (
     load_f64,
     load_i8x16,
     load_i8x32,
-    load_i8x64,
     load_i16,
     load_i16x8,
-    load_i16x16,
     load_i32,
     load_i32x16,
     load_i64,
@@ -69,7 +65,7 @@ from llmq.simd.basics import (
     zero_i32x8,
 )
 from llmq.simd.calls import call, pause, prefetch, record_at, stack
-from llmq.simd.dot import add_halves, dot_i16x8, dot_i16x16, dot_u7s8, dot_u7s8_half, dot_u8s8
+from llmq.simd.dot import add_halves, dot_i16x8, dot_u7s8_half
 from llmq.simd.exp import exp_f32x16
 from llmq.simd.grid import (
     BIAS,

@@ -23,7 +23,6 @@ from llmq.simd.vector import (
     f32x16,
     i8x16,
     i8x32,
-    i8x64,
     i16x8,
     i16x16,
     i32x4,
@@ -76,8 +75,7 @@ def _load_scalar(t: types.Type, to: ir.Type) -> Any:
     return op(lambda b, a: b.load(pointer(b, a, to), align=1), t, ADDRESS)
 
 
-load_u8x64, load_i8x64, load_u8x32, load_u8x16, load_i8x16 = map(_load, (u8x64, i8x64, u8x32, u8x16, i8x16))
-load_i16x16, load_u16x16 = map(_load, (i16x16, u16x16))
+load_u8x64, load_u8x32, load_u8x16, load_i8x16, load_u16x16 = map(_load, (u8x64, u8x32, u8x16, i8x16, u16x16))
 load_i32x16, load_f32x16 = map(_load, (i32x16, f32x16))
 load_u32 = _load_scalar(types.uint32, I32)
 load_i32, load_i64 = _load_scalar(types.int32, I32), _load_scalar(types.int64, I64)
@@ -144,7 +142,6 @@ def add_lanes(b: Any, x: Any) -> Any:
 
 
 add_lanes_f32x16 = op(add_lanes, types.float32, f32x16)
-add_lanes_f32x8 = op(add_lanes, types.float32, f32x8)
 
 fma, fma8, fma4 = (op(multiply_add, v, v, v, v) for v in (f32x16, f32x8, f32x4))
 abs_f32x16 = op(lambda b, x: call_intrinsic(b, "llvm.fabs.v16f32", ll(f32x16), x), f32x16, f32x16)
@@ -175,4 +172,3 @@ store_i32x8 = _store(i32x8, ll(i32x8))
 f32_of_i32x4 = op(lambda b, x: b.sitofp(x, ll(f32x4)), f32x4, i32x4)
 zero_i32x4 = op(lambda _b: ir.Constant(ll(i32x4), None), i32x4)
 splat_f32x4 = op(lambda b, x: splat(b, x, 4), f32x4, types.float32)
-add_lanes_f32x4 = op(add_lanes, types.float32, f32x4)

@@ -17,7 +17,6 @@ from llmq.simd.vector import (
     concat,
     const,
     i8x32,
-    i8x64,
     i16x8,
     i16x16,
     i16x32,
@@ -66,6 +65,7 @@ def _dot_vnni(b: Any, acc: Any, u: Any, s: Any) -> Any:
 
 
 def dot_small(b: Any, acc: Any, u: Any, s: Any) -> Any:
+    """acc[i] += u[4i]*s[4i] + ... + u[4i+3]*s[4i+3]; u below 128, or any signed byte where SIGNED."""
     if NEON:
         return arm.dot(b, acc, u, s)
     build = {"avx512vnni": _dot_vnni, "avxvnni": _dot_vnni, "avx2": _dot_avx2}.get(ISA, _dot_wide)
@@ -73,6 +73,7 @@ def dot_small(b: Any, acc: Any, u: Any, s: Any) -> Any:
 
 
 def dot_full(b: Any, acc: Any, u: Any, s: Any) -> Any:
+    """The same for any unsigned byte u."""
     one = const(ll(u8x64), [1] * 64)
     if ISA == "avx2":
         # 255 * 127 * 2 overflows 16 bits: u = 2 * (u >> 1) + (u & 1)
@@ -82,11 +83,6 @@ def dot_full(b: Any, acc: Any, u: Any, s: Any) -> Any:
         low, offset = b.xor(u, const(ll(u8x64), [128] * 64)), const(ll(u8x64), [64] * 64)
         return arm.dot(b, arm.dot(b, arm.dot(b, acc, low, s), offset, s), offset, s)
     return dot_small(b, acc, u, s)
-
-
-# acc[i] += u[4i]*s[4i] + ... + u[4i+3]*s[4i+3]; u below 128 (where SIGNED any signed byte), or any byte
-dot_u7s8 = op(dot_small, i32x16, i32x16, u8x64, i8x64)
-dot_u8s8 = op(dot_full, i32x16, i32x16, u8x64, i8x64)
 
 
 def dot_i16(b: Any, acc: Any, x: Any, y: Any) -> Any:
@@ -107,9 +103,6 @@ def dot_i16(b: Any, acc: Any, x: Any, y: Any) -> Any:
     products = b.mul(b.sext(x, ir.VectorType(I32, n)), b.sext(y, ir.VectorType(I32, n)))
     even, odd = (shuffle(b, products, products, range(k, n, 2)) for k in (0, 1))
     return b.add(acc, b.add(even, odd))
-
-
-dot_i16x16 = op(dot_i16, i32x8, i32x8, i16x16, i16x16)
 
 
 def multiply_pairs(b: Any, u: Any, s: Any) -> Any:
