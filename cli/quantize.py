@@ -32,7 +32,14 @@ Out = Annotated[
     ),
 ]
 Type = Annotated[
-    str, typer.Option("--type", "-q", help="q4_k_m, q4_k_s, q5_k_m, q6_k, q8_0, f16, bf16 or f32.", metavar="TYPE")
+    str,
+    typer.Option(
+        "--type",
+        "-q",
+        help="q2_k, q3_k_s, q3_k_m, q3_k_l, iq4_xs, iq4_nl, q4_k_s, q4_k_m, q5_k_s, q5_k_m, q6_k, q8_0, f16, bf16 "
+        "or f32.",
+        metavar="TYPE",
+    ),
 ]
 
 
@@ -48,7 +55,8 @@ def quantize(source: Source, out: Out = None, preset: Type = "q4_k_m") -> None:
     if out is None:
         out = default_out(source, preset)
     compile_log.listener = show_compiling
-    with contextlib.closing(cast("Generator[TensorReport]", quantize_tensors(source, out, preset))) as reports:
+    reports = cast("Generator[TensorReport]", quantize_tensors(source, out, preset))
+    with contextlib.closing(reports):
         show_reports(reports, f"{one_line(source.name, 40)} to {preset}")
     name = out.stem if out.parent == models_dir() else str(out)
     note(f"{size(out.stat().st_size)} written; talk to it: llmq chat {one_line(name)}")

@@ -1,50 +1,132 @@
 """Which format each tensor gets: llama.cpp's layer-wise mixes, from nothing but names and shapes.
 
-Roles and conditions: llama.cpp, `llama-quant.cpp`. A preset has a base format and exceptions for the tensors that hurt
+Roles and conditions: llama.cpp, `llama-quant.cpp`. A preset has a base format and rules for the tensors that hurt
 most: attn_v, ffn_down, the output, and in eight-expert models the small attention tensors.
 """
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from llmq.formats import BF16, F16, F32, Q4_K, Q5_0, Q5_1, Q5_K, Q6_K, Q8_0, Format
+from llmq.formats import (
+    BF16,
+    F16,
+    F32,
+    IQ4_NL,
+    IQ4_XS,
+    Q2_K,
+    Q3_K,
+    Q4_0,
+    Q4_K,
+    Q5_0,
+    Q5_1,
+    Q5_K,
+    Q6_K,
+    Q8_0,
+    Format,
+)
 
 Shape = tuple[int, ...]
-Rule = Callable[[int, int], bool]
 
 
-def early_late_and_thirds(layer: int, n_layers: int) -> bool:
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What the rules ask of a model; `queries_per_kv` is the number of query heads to a key and value head."""
+
+    n_layers: int
+    n_experts: int
+    queries_per_kv: int
+    tied: bool
+    calibrated: bool
+
+
+Condition = Callable[[int, Model], bool]
+
+
+def everywhere(_layer: int, _model: Model) -> bool:
+    return True
+
+
+def first(n: int) -> Condition:
+    return lambda layer, _model: layer < n
+
+
+def first_part(parts: int) -> Condition:
+    return lambda layer, model: layer < model.n_layers // parts
+
+
+def first_eighth_uncalibrated(layer: int, model: Model) -> bool:
+    return not model.calibrated and layer < model.n_layers // 8
+
+
+def early_late_and_thirds(layer: int, model: Model) -> bool:
     """The first and last eighth of the layers, and every third one between."""
-    eighth = n_layers // 8
-    return layer < eighth or layer >= 7 * n_layers // 8 or (layer - eighth) % 3 == 2
+    eighth = model.n_layers // 8
+    return layer < eighth or layer >= 7 * model.n_layers // 8 or (layer - eighth) % 3 == 2
 
 
-def first_four(layer: int, n_layers: int) -> bool:  # noqa: ARG001
-    return layer < 4
+def four_queries_per_kv(_layer: int, model: Model) -> bool:
+    return model.queries_per_kv >= 4
 
 
-def first_eighth(layer: int, n_layers: int) -> bool:
-    return layer < n_layers // 8
+def eight_experts(_layer: int, model: Model) -> bool:
+    return model.n_experts == 8
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """Tensors of a role get `format` in the layers and models where the condition holds."""
+
+    role: str
+    format: Format
+    where: Condition = everywhere
 
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """`file_type` is the number in general.file_type; `exceptions` gives the layers of a role another format."""
+    """`file_type` is the number in general.file_type; the first rule that applies wins, and `base` is for the rest."""
 
     name: str
     file_type: int
     base: Format
-    exceptions: Mapping[str, tuple[Rule, Format]] = field(default_factory=dict)
-    moe_attn_output: Format | None = None
+    rules: tuple[Rule, ...] = ()
 
+
+SMALL_OF_EIGHT = (Rule("attn_v", Q8_0, eight_experts), Rule("attn_k", Q8_0, eight_experts))
+OUTPUT_OF_EIGHT = Rule("attn_output", Q5_K, eight_experts)
+
+Q2_MIX = (
+    Rule("attn_v", Q4_K, four_queries_per_kv), Rule("attn_v", Q3_K), Rule("ffn_down", Q3_K),
+    OUTPUT_OF_EIGHT, Rule("attn_output", Q3_K),
+)  # fmt: skip
+Q3_MEDIUM = (
+    Rule("attn_v", Q5_K, first(2)), Rule("attn_v", Q4_K),
+    Rule("ffn_down", Q5_K, first_part(16)), Rule("ffn_down", Q4_K),
+    OUTPUT_OF_EIGHT, Rule("attn_output", Q4_K),
+)  # fmt: skip
+Q3_LARGE = (
+    Rule("attn_v", Q5_K), Rule("ffn_down", Q5_K),
+    Rule("attn_output", Q3_K, eight_experts), Rule("attn_output", Q5_K),
+)  # fmt: skip
+IQ4_MIX = (
+    Rule("attn_v", Q5_K, four_queries_per_kv), Rule("ffn_down", Q5_K, first_eighth_uncalibrated), OUTPUT_OF_EIGHT,
+)  # fmt: skip
+Q4_SMALL = (Rule("attn_v", Q5_K, first(4)), Rule("ffn_down", Q5_K, first_part(8)), OUTPUT_OF_EIGHT)
+MEDIUM = (Rule("attn_v", Q6_K, early_late_and_thirds), Rule("ffn_down", Q6_K, early_late_and_thirds))
 
 PRESETS = {
     preset.name: preset
     for preset in (
-        Preset("q4_k_m", 15, Q4_K, dict.fromkeys(("attn_v", "ffn_down"), (early_late_and_thirds, Q6_K)), Q5_K),
-        Preset("q4_k_s", 14, Q4_K, {"attn_v": (first_four, Q5_K), "ffn_down": (first_eighth, Q5_K)}, Q5_K),
-        Preset("q5_k_m", 17, Q5_K, dict.fromkeys(("attn_v", "ffn_down"), (early_late_and_thirds, Q6_K))),
+        Preset("q2_k", 10, Q2_K, Q2_MIX),
+        Preset("q3_k_s", 11, Q3_K, (OUTPUT_OF_EIGHT,)),
+        Preset("q3_k_m", 12, Q3_K, Q3_MEDIUM),
+        Preset("q3_k_l", 13, Q3_K, Q3_LARGE),
+        Preset("iq4_xs", 30, IQ4_XS, IQ4_MIX),
+        Preset("iq4_nl", 25, IQ4_NL, IQ4_MIX),
+        Preset("q4_k_s", 14, Q4_K, Q4_SMALL),
+        Preset("q4_k_m", 15, Q4_K, (*MEDIUM, OUTPUT_OF_EIGHT)),
+        Preset("q5_k_s", 16, Q5_K),
+        Preset("q5_k_m", 17, Q5_K, MEDIUM),
         Preset("q6_k", 18, Q6_K),
         Preset("q8_0", 7, Q8_0),
         Preset("f16", 1, F16),
@@ -54,45 +136,50 @@ PRESETS = {
 }
 
 # Where rows are not whole blocks: the next format, then F16.
-FALLBACKS = {Q4_K: Q5_0, Q5_K: Q5_1, Q6_K: Q8_0}
+FALLBACKS = {Q2_K: Q4_0, Q3_K: Q4_0, IQ4_XS: IQ4_NL, Q4_K: Q5_0, Q5_K: Q5_1, Q6_K: Q8_0}
 
 _LAYER = re.compile(r"blk\.(\d+)\.(attn_v|attn_k|attn_output|ffn_down|ffn_down_exps)\.weight")
 
 
-@dataclass(frozen=True, slots=True)
-class _Model:
-    """What the rules ask of a model."""
+def assign(
+    preset: Preset,
+    shapes: Mapping[str, Shape],
+    *,
+    calibrated: bool = False,
+) -> dict[str, Format]:
+    """The format of every tensor, by name; shapes have rows first, and experts first of all.
 
-    n_layers: int
-    n_experts: int
-    is_70b: bool
-    tied: bool
+    `calibrated` says that the weights' importance is known.
+    """
+    quantized = [name for name, shape in shapes.items() if _is_quantized(name, shape)]
+    model = _describe(shapes, calibrated)
+    formats = dict.fromkeys(shapes, F32)
+    for name in quantized:
+        formats[name] = _mixed(preset, name, shapes[name], model)
+    return formats
 
 
-def assign(preset: Preset, shapes: Mapping[str, Shape]) -> dict[str, Format]:
-    """The format of every tensor, by name; shapes have rows first, and experts first of all."""
-    model = _describe(shapes)
-    return {name: _format(preset, name, shape, model) for name, shape in shapes.items()}
+def _is_quantized(name: str, shape: Shape) -> bool:
+    return len(shape) > 1 and not name.endswith(("_norm.weight", "ffn_gate_inp.weight"))
 
 
-def _describe(shapes: Mapping[str, Shape]) -> _Model:
+def _describe(shapes: Mapping[str, Shape], calibrated: bool) -> Model:
     n_layers = sum(name.endswith(".attn_v.weight") for name in shapes)
     experts = shapes.get("blk.0.ffn_down_exps.weight", (0,))
-    grouped = shapes.get("blk.0.attn_q.weight", (0,))[0] != shapes.get("blk.0.attn_v.weight", (0,))[0]
-    # llama.cpp knows Llama 2 70B by its depth and grouped heads, and spares its small attn_v.
-    is_70b = n_layers == 80 and grouped
-    return _Model(n_layers, experts[0], is_70b, "output.weight" not in shapes)
+    queries_per_kv = shapes["blk.0.attn_q.weight"][0] // shapes["blk.0.attn_v.weight"][0]
+    return Model(n_layers, experts[0], queries_per_kv, "output.weight" not in shapes, calibrated)
 
 
-def _format(preset: Preset, name: str, shape: Shape, model: _Model) -> Format:
-    if len(shape) == 1 or name.endswith(("_norm.weight", "ffn_gate_inp.weight")):
-        return F32
+def _mixed(preset: Preset, name: str, shape: Shape, model: Model) -> Format:
     if preset.base.block_size == 1:
         return preset.base
-    return _fitting(_wanted(preset, name, shape, model), shape[-1])
+    fmt, n_cols = _wanted(preset, name, shape, model), shape[-1]
+    if n_cols % fmt.block_size and fmt in FALLBACKS:
+        fmt = FALLBACKS[fmt]
+    return F16 if n_cols % fmt.block_size else fmt
 
 
-def _wanted(preset: Preset, name: str, shape: Shape, model: _Model) -> Format:
+def _wanted(preset: Preset, name: str, shape: Shape, model: Model) -> Format:
     if name == "output.weight" or (model.tied and name == "token_embd.weight"):
         whole = shape[-1] % preset.base.block_size == 0
         return Q6_K if whole and preset.base is not Q8_0 else Q8_0
@@ -100,19 +187,8 @@ def _wanted(preset: Preset, name: str, shape: Shape, model: _Model) -> Format:
     if match is None:
         return preset.base
     layer, role = int(match[1]), match[2].removesuffix("_exps")
-    if model.n_experts == 8:
-        if role in ("attn_v", "attn_k"):
-            return Q8_0
-        if role == "attn_output" and preset.moe_attn_output:
-            return preset.moe_attn_output
-    fmt = preset.base
-    if role in preset.exceptions:
-        applies, other = preset.exceptions[role]
-        fmt = other if applies(layer, model.n_layers) else fmt
-    return Q5_K if role == "attn_v" and model.is_70b and fmt is Q4_K else fmt
-
-
-def _fitting(fmt: Format, n_cols: int) -> Format:
-    if n_cols % fmt.block_size and fmt in FALLBACKS:
-        fmt = FALLBACKS[fmt]
-    return F16 if n_cols % fmt.block_size else fmt
+    rules = (rule for rule in (*SMALL_OF_EIGHT, *preset.rules) if rule.role == role and rule.where(layer, model))
+    fmt = next((rule.format for rule in rules), preset.base)
+    # llama.cpp knows Llama 2 70B by its depth and grouped heads, and spares its small attn_v.
+    is_70b = model.n_layers == 80 and model.queries_per_kv > 1
+    return Q5_K if role == "attn_v" and is_70b and fmt in (Q3_K, Q4_K) else fmt
