@@ -41,21 +41,30 @@ Type = Annotated[
         metavar="TYPE",
     ),
 ]
+TensorType = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tensor-type",
+        metavar="REGEX=TYPE",
+        help="Another type for tensors with REGEX in their name, as in ffn_down=q6_k; may be repeated.",
+    ),
+]
 
 
-def quantize(source: Source, out: Out = None, preset: Type = "q4_k_m") -> None:
+def quantize(source: Source, out: Out = None, preset: Type = "q4_k_m", tensor_type: TensorType = None) -> None:
     """Make a GGUF file of a checkpoint, or a smaller one of a GGUF file."""
     from llmq.jit import compile_log
     from quant.quantize import quantize as quantize_tensors
-    from quant.recipe import PRESETS
+    from quant.recipe import PRESETS, parse_override
 
     preset = preset.lower()
     if preset not in PRESETS:
         raise UsageError(f"there is no type {preset[:40]!a}; there are {', '.join(PRESETS)}")
+    overrides = [parse_override(text) for text in tensor_type or ()]
     if out is None:
         out = default_out(source, preset)
     compile_log.listener = show_compiling
-    reports = cast("Generator[TensorReport]", quantize_tensors(source, out, preset))
+    reports = cast("Generator[TensorReport]", quantize_tensors(source, out, preset, overrides=overrides))
     with contextlib.closing(reports):
         show_reports(reports, f"{one_line(source.name, 40)} to {preset}")
     name = out.stem if out.parent == models_dir() else str(out)

@@ -4,7 +4,7 @@ import math
 import os
 import stat
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from llmq.errors import UsageError
 from llmq.formats import Format
 from llmq.gguf import GGUFWriter, TensorSpec, quoted
 from quant.encode import check_range, encode, squared_error
-from quant.recipe import PRESETS, assign
+from quant.recipe import PRESETS, Override, assign
 from quant.source import Source, Weights, open_source
 
 Job = TypeVar("Job")
@@ -62,20 +62,24 @@ class _Encoded:
     squared_size: float
 
 
-def quantize(src: Path, out: Path, preset: str, *, threads: int | None = None) -> Iterator[TensorReport]:
+def quantize(
+    src: Path, out: Path, preset: str, *, threads: int | None = None, overrides: Sequence[Override] = ()
+) -> Iterator[TensorReport]:
     """Write `src`, a checkpoint folder or a GGUF file, as the GGUF file `out`; yields a report after each tensor.
 
     `out` appears, complete, when the iterator is exhausted; closing it early leaves nothing behind. The bytes do not
     depend on `threads` (default: one per available processor). A tensor that already has the wanted format is copied.
+    `overrides` give the tensors that they match another format than the preset does.
 
-    Raises UsageError (unknown preset, `out` is a source, a folder or no regular file), ResourceError (disk space),
-    FileFormatError and UnsupportedError (the source).
+    Raises UsageError (unknown preset, an override that fits no tensor, `out` is a source, a folder or no regular file),
+    ResourceError (disk space), FileFormatError and UnsupportedError (the source).
     """
     if preset not in PRESETS:
         raise UsageError(f"there is no type {quoted(preset)}; choose from {', '.join(PRESETS)}")
     source = open_source(src)
     out = _check_target(out, source.files)
-    formats = assign(PRESETS[preset], {weights.name: weights.shape for weights in source.weights})
+    shapes = {weights.name: weights.shape for weights in source.weights}
+    formats = assign(PRESETS[preset], shapes, overrides=overrides)
     specs = [TensorSpec(weights.name, weights.shape, formats[weights.name]) for weights in source.weights]
     metadata = source.metadata | {
         "general.file_type": PRESETS[preset].file_type,

@@ -5,13 +5,15 @@ most: attn_v, ffn_down, the output, and in eight-expert models the small attenti
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from llmq.errors import UsageError
 from llmq.formats import (
     BF16,
     F16,
     F32,
+    FORMATS,
     IQ4_NL,
     IQ4_XS,
     Q2_K,
@@ -25,8 +27,10 @@ from llmq.formats import (
     Q8_0,
     Format,
 )
+from llmq.gguf import quoted
 
 Shape = tuple[int, ...]
+Override = tuple[re.Pattern[str], Format]
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,23 +143,47 @@ PRESETS = {
 FALLBACKS = {Q2_K: Q4_0, Q3_K: Q4_0, IQ4_XS: IQ4_NL, Q4_K: Q5_0, Q5_K: Q5_1, Q6_K: Q8_0}
 
 _LAYER = re.compile(r"blk\.(\d+)\.(attn_v|attn_k|attn_output|ffn_down|ffn_down_exps)\.weight")
+_TYPES = {fmt.name.lower(): fmt for fmt in FORMATS.values()}
+
+
+def parse_override(text: str) -> Override:
+    """REGEX=TYPE, as in `ffn_down=q6_k`; the type in any case. Raises UsageError."""
+    pattern, equals, name = text.rpartition("=")
+    if not (pattern and equals):
+        raise UsageError(f"{quoted(text)} is no tensor type; give REGEX=TYPE, as in ffn_down=q6_k")
+    if name.lower() not in _TYPES:
+        raise UsageError(f"there is no tensor type {quoted(name)}; choose from {', '.join(_TYPES)}")
+    try:
+        return re.compile(pattern), _TYPES[name.lower()]
+    except (re.error, OverflowError, RecursionError) as error:
+        raise UsageError(f"{quoted(pattern)} is no regular expression: {error}; correct it or escape it") from error
 
 
 def assign(
     preset: Preset,
     shapes: Mapping[str, Shape],
     *,
+    overrides: Sequence[Override] = (),
     calibrated: bool = False,
 ) -> dict[str, Format]:
     """The format of every tensor, by name; shapes have rows first, and experts first of all.
 
-    `calibrated` says that the weights' importance is known.
+    `calibrated` says that the weights' importance is known. Of `overrides` the first whose expression is found in a
+    name decides; norms and the experts' router stay F32 all the same.
+
+    Raises UsageError where an override is for no tensor that is quantized, or its format does not fit one's rows.
     """
     quantized = [name for name, shape in shapes.items() if _is_quantized(name, shape)]
+    for pattern, _format in overrides:
+        if not any(pattern.search(name) for name in quantized):
+            raise UsageError(
+                f"{quoted(pattern.pattern)} matches no tensor that is quantized; correct it or leave it out"
+            )
     model = _describe(shapes, calibrated)
     formats = dict.fromkeys(shapes, F32)
     for name in quantized:
-        formats[name] = _mixed(preset, name, shapes[name], model)
+        chosen = next((fmt for pattern, fmt in overrides if pattern.search(name)), None)
+        formats[name] = _checked(name, shapes[name], chosen) if chosen else _mixed(preset, name, shapes[name], model)
     return formats
 
 
@@ -168,6 +196,15 @@ def _describe(shapes: Mapping[str, Shape], calibrated: bool) -> Model:
     experts = shapes.get("blk.0.ffn_down_exps.weight", (0,))
     queries_per_kv = shapes["blk.0.attn_q.weight"][0] // shapes["blk.0.attn_v.weight"][0]
     return Model(n_layers, experts[0], queries_per_kv, "output.weight" not in shapes, calibrated)
+
+
+def _checked(name: str, shape: Shape, fmt: Format) -> Format:
+    if shape[-1] % fmt.block_size:
+        raise UsageError(
+            f"{quoted(name)} cannot be {fmt.name}: its rows of {shape[-1]} are no multiple of {fmt.block_size}; "
+            "give it another type"
+        )
+    return fmt
 
 
 def _mixed(preset: Preset, name: str, shape: Shape, model: Model) -> Format:

@@ -12,7 +12,7 @@ from hostile import HOSTILE
 from tiny import tiny_gguf
 
 from cli.main import execute
-from llmq.formats import F16, Q4_K, Q8_0
+from llmq.formats import F16, F32, Q4_K, Q6_K, Q8_0
 from llmq.gguf import GGUFWriter, TensorSpec, open_gguf
 
 ROOT = Path(__file__).parents[1]
@@ -124,10 +124,26 @@ def test_quantize_writes_where_it_is_told(models, tmp_path, capsys) -> None:
     assert not list(models.iterdir())
 
 
+def test_quantize_gives_single_tensors_another_type(models, tmp_path, capsys) -> None:
+    tiny_gguf(tmp_path / "a.gguf", format=F16)
+    types = ("--tensor-type", "attn_(k|v)=Q8_0", "--tensor-type", "attn=f32")
+    code, _, err = llmq(capsys, "quantize", tmp_path / "a.gguf", "--type", "q6_k", *types)
+    assert code == 0, err
+    with open_gguf(models / "a-q6_k.gguf") as gguf:
+        assert gguf.tensors["blk.0.attn_k.weight"].format is gguf.tensors["blk.0.attn_v.weight"].format is Q8_0
+        assert gguf.tensors["blk.0.attn_q.weight"].format is F32
+        assert gguf.tensors["blk.0.ffn_up.weight"].format is Q6_K
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["a.gguf", "--type", "q4_9"], "no type 'q4_9'"),
+        (["a.gguf", "--tensor-type", "attn_v"], "'attn_v' is no tensor type; give REGEX=TYPE"),
+        (["a.gguf", "--tensor-type", "attn_v=q4_k_m"], "no tensor type 'q4_k_m'"),
+        (["a.gguf", "--tensor-type", "attn_(=q8_0"], "'attn_(' is no regular expression"),
+        (["a.gguf", "--tensor-type", "(?\x1b)\udcff=q8_0"], "is no regular expression"),
+        (["a.gguf", "--tensor-type", "norm=q8_0"], "'norm' matches no tensor that is quantized"),
         (["nowhere"], "nowhere"),
         (["a.gguf", "-o", "a.gguf"], "a.gguf"),
         (["with space.gguf"], "not a model name; give the file to write with -o"),

@@ -18,7 +18,7 @@ from llmq.formats import BF16, F32, Q4_K, Q6_K, Q8_0, dequantize
 from llmq.gguf import open_gguf
 from quant import quantize as module
 from quant.quantize import TensorReport, in_order, quantize
-from quant.recipe import PRESETS
+from quant.recipe import PRESETS, parse_override
 
 EXPERTS = {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2}
 
@@ -107,6 +107,25 @@ def test_presets_lose_what_their_formats_lose(tmp_path: Path, preset: str) -> No
         info = gguf.tensors[report.name]
         assert (report.shape, report.format, report.n_bytes) == (info.shape, info.format, info.n_bytes)
         assert (info.format == F32) >= (len(info.shape) == 1 or "ffn_gate_inp" in report.name)
+
+
+def test_overrides_change_the_tensors_they_match(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "model")
+    overrides = [parse_override("attn_v=q8_0"), parse_override("^output=bf16")]
+    list(quantize(tmp_path / "model", tmp_path / "out.gguf", "q6_k", overrides=overrides))
+    gguf = open_gguf(tmp_path / "out.gguf")
+    assert gguf.metadata["general.file_type"] == 18
+    formats = {name: info.format for name, info in gguf.tensors.items() if "norm" not in name}
+    assert formats.pop("output.weight") is BF16
+    assert {name for name, fmt in formats.items() if fmt is Q8_0} == {"blk.0.attn_v.weight", "blk.1.attn_v.weight"}
+    assert set(formats.values()) == {Q8_0, Q6_K}
+
+
+def test_overrides_for_nothing_leave_no_file(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "model")
+    with pytest.raises(UsageError, match="'experts' matches no tensor"):
+        list(quantize(tmp_path / "model", tmp_path / "out.gguf", "q6_k", overrides=[parse_override("experts=q8_0")]))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
 def test_bytes_do_not_depend_on_threads_or_runs(tmp_path: Path, monkeypatch: Any) -> None:

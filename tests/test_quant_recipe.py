@@ -1,15 +1,19 @@
 """Recipes: file sizes that llama.cpp's own files have, and single rules worked out by hand."""
 
 import math
+import re
 
 import pytest
 
+from llmq.errors import UsageError
 from llmq.formats import (
     BF16,
     F16,
     F32,
     IQ4_NL,
     IQ4_XS,
+    Q2_K,
+    Q3_K,
     Q4_0,
     Q4_K,
     Q5_0,
@@ -20,7 +24,7 @@ from llmq.formats import (
     Format,
     row_bytes,
 )
-from quant.recipe import PRESETS, Shape, assign
+from quant.recipe import PRESETS, Shape, assign, parse_override
 
 # layers, width, heads * head_dim, kv heads * head_dim, ffn, vocabulary, experts
 MODELS = {
@@ -236,3 +240,69 @@ def test_file_types_are_those_of_the_format() -> None:
         "q5_k_s": 16, "q5_k_m": 17, "q6_k": 18, "iq4_nl": 25, "iq4_xs": 30, "bf16": 32,
     }  # fmt: skip
     assert {preset.name: preset.file_type for preset in PRESETS.values()} == numbers
+
+
+@pytest.mark.parametrize("preset", ["q4_k_m", "f16"])
+def test_the_first_override_that_matches_decides(preset: str) -> None:
+    table = shapes(8, 256, 256, 64, 512, 1000, 0)
+    texts = (r"blk\.[01]\.attn=Q8_0", "attn_v=iq4_xs", "attn=q5_k", r"^output=f16", "embd=Q3_k")
+    formats = assign(PRESETS[preset], table, overrides=[parse_override(text) for text in texts])
+    assert formats["blk.1.attn_v.weight"] is formats["blk.0.attn_q.weight"] is Q8_0
+    assert formats["blk.2.attn_v.weight"] is IQ4_XS
+    assert formats["blk.2.attn_output.weight"] is Q5_K
+    assert formats["output.weight"] is F16
+    assert formats["token_embd.weight"] is Q3_K
+    assert formats["blk.7.attn_norm.weight"] is F32
+    plain = assign(PRESETS[preset], table)
+    assert {name for name in table if "ffn" in name and plain[name] is not formats[name]} == set()
+
+
+def test_overrides_leave_norms_and_routers() -> None:
+    table = shapes(4, 256, 256, 64, 512, 1000, 8)
+    formats = assign(PRESETS["q4_k_m"], table, overrides=[parse_override(".*=q2_k")])
+    kept = {name for name, fmt in formats.items() if fmt is F32}
+    assert kept == {name for name in table if "norm" in name or "gate_inp" in name}
+    assert set(formats.values()) == {F32, Q2_K}
+
+
+@pytest.mark.parametrize("pattern", ["attn_x", "norm", "ffn_gate_inp", "^attn_v"])
+def test_overrides_for_nothing_are_refused(pattern: str) -> None:
+    overrides = [parse_override(".*=q6_k"), parse_override(f"{pattern}=q8_0")]
+    with pytest.raises(UsageError, match=rf"'{re.escape(pattern)}' matches no tensor that is quantized"):
+        assign(PRESETS["q4_k_m"], shapes(2, 256, 256, 64, 512, 1000, 8), overrides=overrides)
+
+
+def test_overrides_that_do_not_fit_are_refused() -> None:
+    table = shapes(2, 96, 96, 32, 160, 1000, 0)
+    assert assign(PRESETS["q4_k_m"], table, overrides=[parse_override("attn_v=q4_0")])["blk.0.attn_v.weight"] is Q4_0
+    with pytest.raises(UsageError, match=r"'blk.0.attn_v.weight' cannot be Q4_K: its rows of 96 .* 256"):
+        assign(PRESETS["q4_k_m"], table, overrides=[parse_override("attn_v=q4_k")])
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("attn_v", "give REGEX=TYPE"),
+        ("=q8_0", "give REGEX=TYPE"),
+        ("", "give REGEX=TYPE"),
+        ("attn_v=", "no tensor type ''"),
+        ("attn_v=q9_k", "no tensor type 'q9_k'; choose from f32, f16"),
+        ("attn_v=q4_k_m", "no tensor type 'q4_k_m'"),
+        ("attn_v=\x1b[2J", "no tensor type"),
+        ("attn_(v=q8_0", r"'attn_\(v' is no regular expression: missing \)"),
+        ("a{99999999999999}=q8_0", "is no regular expression"),
+        ("(" * 30000 + "=q8_0", "is no regular expression"),
+    ],
+    ids=range(10),
+)
+def test_overrides_that_cannot_be_read_are_refused(text: str, said: str) -> None:
+    with pytest.raises(UsageError, match=said) as error:
+        parse_override(text)
+    assert str(error.value).isprintable()
+    assert len(str(error.value)) <= 240
+
+
+def test_an_expression_may_contain_equals_signs() -> None:
+    pattern, fmt = parse_override("(?=blk).*attn_v=Bf16")
+    assert pattern.pattern == "(?=blk).*attn_v"
+    assert fmt is BF16
