@@ -5,31 +5,15 @@ from collections.abc import Callable
 import numpy as np
 
 from llmq.errors import FileFormatError, UnsupportedError
-from llmq.formats import (
-    BF16,
-    F16,
-    F32,
-    Q4_0,
-    Q4_1,
-    Q4_K,
-    Q5_0,
-    Q5_1,
-    Q5_K,
-    Q6_K,
-    Q8_0,
-    Format,
-    dequantize,
-    row_bytes,
-)
-from quant.encode_blocks import encode_q4_0, encode_q4_1, encode_q5_0, encode_q5_1, encode_q8_0
-from quant.encode_k import encode_q4_k, encode_q5_k
-from quant.encode_q6_k import encode_q6_k
-from quant.lanes import StrictKernel
+from llmq.formats import BF16, F16, F32, Q8_0, Format, dequantize, row_bytes
+from quant.encode_q8_0 import encode_q8_0
+from quant.feedback import Feedback, round_rows
+from quant.grid import GRIDS
+from quant.pack import pack
+from quant.search import Found, blocks_of, search
 
-KERNELS: dict[Format, StrictKernel] = {
-    Q8_0: encode_q8_0, Q4_0: encode_q4_0, Q4_1: encode_q4_1, Q5_0: encode_q5_0, Q5_1: encode_q5_1,
-    Q4_K: encode_q4_k, Q5_K: encode_q5_k, Q6_K: encode_q6_k,
-}  # fmt: skip
+# How often scales are fitted jointly after the first search: thorough, and fast.
+ROUNDS, FAST = 3, 0
 
 
 def _f32(rows: np.ndarray) -> np.ndarray:
@@ -55,18 +39,35 @@ LIMITS = {F32: float(np.finfo(np.float32).max), BF16: BF16_MAX}
 HALF_MAX = 65504.0
 
 
-def encode(fmt: Format, rows: np.ndarray) -> np.ndarray:
+def encode(
+    fmt: Format,
+    rows: np.ndarray,
+    importance: np.ndarray | None = None,
+    feedback: Feedback | None = None,
+    *,
+    rounds: int = ROUNDS,
+) -> np.ndarray:
     """Packed rows: finite float32 [n, n_cols], C-contiguous -> uint8 [n, row_bytes(fmt, n_cols)].
 
-    The bytes depend on nothing but the weights. F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0 and Q5_1 are ggml's reference bytes.
+    `importance` float32 [n_cols] weighs the columns' errors; with `feedback` they make each other's errors good, and it
+    gives the weights. The bytes depend on nothing but these. F16, BF16 and Q8_0 are the same whatever the importance,
+    and are ggml's reference bytes.
     """
     assert rows.dtype == np.float32, rows.dtype
     assert rows.flags.c_contiguous
     if fmt in PLAIN:
         return PLAIN[fmt](rows)
-    out = np.empty((rows.shape[0], row_bytes(fmt, rows.shape[1])), np.uint8)
-    KERNELS[fmt](out.ctypes.data, rows.ctypes.data, rows.size // fmt.block_size)
-    return out
+    if fmt is Q8_0:
+        out = np.empty((rows.shape[0], row_bytes(fmt, rows.shape[1])), np.uint8)
+        encode_q8_0(out.ctypes.data, rows.ctypes.data, rows.size // fmt.block_size)
+        return out
+    grid = GRIDS[fmt]
+    if feedback is None:
+        found = search(grid, rows, importance, tilted=True, rounds=rounds)
+    else:
+        found = search(grid, rows, feedback.importance, tilted=False, rounds=rounds)
+        found = Found(round_rows(grid, rows, found.params, feedback), found.params)
+    return pack(fmt, blocks_of(grid, found)).reshape(rows.shape[0], -1)
 
 
 def check_range(name: str, fmt: Format, rows: np.ndarray) -> None:

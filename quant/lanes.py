@@ -5,12 +5,14 @@ written, so the same weights give the same bytes on every machine.
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numba import njit, types
 from numba.core.ccallback import CFunc
 
+from llmq.formats import IQ4_VALUES
 from llmq.jit import Kernel
 from llmq.simd import (
     f32x16,
@@ -25,7 +27,7 @@ from llmq.simd import (
     transpose_f32,
     where_less,
 )
-from llmq.simd.vector import call_intrinsic, op
+from llmq.simd.vector import call_intrinsic, const, op, shuffle
 
 SMALLEST_HALF = 2.0**-24
 EXACT: dict[str, Any] = {"error_model": "numpy"}
@@ -43,12 +45,38 @@ class StrictKernel(Kernel):
         return cfunc
 
 
-def encoder(function: Callable[..., Any]) -> StrictKernel:
-    """Decorate a function (out, x, n): `n` blocks of float32 at address `x` to packed blocks at address `out`."""
-    return StrictKernel(function, types.void(types.int64, types.int64, types.int64), function.__name__)
+def strict_kernel(*argtypes: Any, name: str = "") -> Callable[[Callable[..., Any]], StrictKernel]:
+    """Decorate a function of addresses, sizes (int64) and float32 values."""
+
+    def wrap(function: Callable[..., Any]) -> StrictKernel:
+        return StrictKernel(function, types.void(*argtypes), name or function.__name__)
+
+    return wrap
 
 
 root = op(lambda b, x: call_intrinsic(b, "llvm.sqrt.v16f32", ll(f32x16), x), f32x16, f32x16)
+
+
+def _across(step: int) -> Callable[..., Any]:
+    return lambda b, x: shuffle(b, x, x, [lane ^ step for lane in range(16)])
+
+
+# Each lane gets the one whose number differs in one bit. Sums built from them are the same in all lanes, bit for bit.
+across1, across2, across4, other_half = (op(_across(step), f32x16, f32x16) for step in (1, 2, 4, 8))
+
+
+def _nearest_of_iq4(b: Any, x: Any) -> Any:
+    """The nearest of IQ4_VALUES: the lowest, plus the step to the next for every midpoint that x is above."""
+    every = lambda value: const(ll(f32x16), [float(value)] * 16)  # noqa: E731
+    values = [int(value) for value in IQ4_VALUES]
+    found = every(values[0])
+    for low, high in pairwise(values):
+        above = b.fcmp_ordered(">", x, every((low + high) / 2))
+        found = b.fadd(found, b.select(above, every(high - low), every(0)))
+    return found
+
+
+nearest_of_iq4 = op(_nearest_of_iq4, f32x16, f32x16)
 
 
 @strict
@@ -69,6 +97,21 @@ def larger(x, y):  # type: ignore[no-untyped-def]
 @strict
 def clamp(x, low, high):  # type: ignore[no-untyped-def]
     return larger(smaller(x, splat(high)), splat(low))
+
+
+@strict
+def sum_of_8(x):  # type: ignore[no-untyped-def]
+    """Each lane gets the sum of its half of the vector."""
+    x = x + across1(x)
+    x = x + across2(x)
+    return x + across4(x)
+
+
+@strict
+def largest_of_8(x):  # type: ignore[no-untyped-def]
+    x = larger(x, across1(x))
+    x = larger(x, across2(x))
+    return larger(x, across4(x))
 
 
 @strict
