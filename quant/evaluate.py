@@ -92,8 +92,8 @@ def chunks(ids: Sequence[int], n_ctx: int, bos_id: int | None) -> list[list[int]
     size = min(n_ctx, len(ids))
     if size < LEAST_TOKENS:
         raise UsageError(
-            f"the text has {len(ids)} tokens and a chunk up to {n_ctx}; for figures that mean something, give at least "
-            f"{LEAST_TOKENS} of both"
+            f"a chunk would have {size} of the {LEAST_TOKENS} tokens that figures need to mean something; "
+            "give a longer text, or a larger --ctx"
         )
     starts = range(0, len(ids) - size + 1, size)
     pieces = [list(ids[start : start + size]) for start in starts]
