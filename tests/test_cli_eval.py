@@ -80,6 +80,8 @@ def test_json_and_the_tables_say_the_same(model, reference, text, capsys) -> Non
     assert 0 < found["kl"]["low"] < found["kl"]["value"] < found["kl"]["high"] < 1
     assert 0 <= found["top1"]["low"] < found["top1"]["high"] <= 1
     assert list(found["kl_quantiles"]) == ["0.5", "0.9", "0.95", "0.99", "0.999", "1.0"]
+    alone = json.loads(llmq(capsys, model, "--text", text, "--ctx", "64", "--json")[1])
+    assert alone["perplexity"] == found["perplexity"] != found["reference_perplexity"]
     facts, figures, spread = map(cells, llmq(capsys, *arguments)[1].split("\n\n"))
     assert facts[1] == ["against", reference.stem]
     rows = {name: values for name, *values in figures}
