@@ -14,6 +14,7 @@ from typer.main import get_command
 
 from cli.bench import bench
 from cli.chat import chat
+from cli.eval import evaluate
 from cli.models import list_models, rm, show
 from cli.quantize import quantize
 from cli.run import run
@@ -36,6 +37,7 @@ app = typer.Typer(
 app.command()(chat)
 app.command()(run)
 app.command()(quantize)
+app.command("eval")(evaluate)
 app.command("list")(list_models)
 app.command()(show)
 app.command()(rm)
