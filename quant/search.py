@@ -306,7 +306,8 @@ def make_search(has_minima: bool, nearest: Callable[..., Any], name: str) -> Str
         space, column_space, bytes_space = stack(2048), stack(2048), stack(512)
         tile, w = stack(2048), stack(2048)
         per_group = LANES * size
-        for at in range(0, n_cols, per_group):
+        for group in range((n_cols + per_group - 1) // per_group):
+            at = per_group * group
             n = min(per_group, n_cols - at)
             clear_bytes(column_space, 2048)
             copy_bytes(column_space, importance + 4 * at, 4 * n)
