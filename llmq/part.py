@@ -72,12 +72,8 @@ class PartFile:
             self._check_space(n_bytes)
             self._descriptor = self._hold()
         try:
-            journal = self._read_journal()
-            if self._job and journal.get("job") == self._job:
-                self._earlier.extend(journal["pieces"])
-                os.lseek(self._descriptor, 0, os.SEEK_SET)
-            else:
-                self._forget_earlier(0)
+            with explained(self.target):
+                self._begin(n_bytes)
             self.write(head)
             self._digest = hashlib.sha256()
             self._saver = ThreadPoolExecutor(1)
@@ -98,7 +94,9 @@ class PartFile:
                 digest.update(block)
                 left -= len(block)
             if left or digest.hexdigest() != piece["sha256"]:
-                self._forget_earlier(start)
+                self._earlier.clear()
+                os.ftruncate(self._descriptor, start)
+                os.lseek(self._descriptor, start, os.SEEK_SET)
                 return None
         self._pieces.append(self._earlier.popleft())
         return piece["note"]
@@ -152,8 +150,9 @@ class PartFile:
                 self._save()
                 self._wait()
         else:
-            self._remove_journal()
-            self._path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # which must not hide `error`
+                self._remove_journal()
+                self._path.unlink(missing_ok=True)
         self._close()
 
     def _check_space(self, n_bytes: int) -> None:
@@ -184,6 +183,14 @@ class PartFile:
                 return descriptor
             os.close(descriptor)
 
+    def _begin(self, n_bytes: int) -> None:
+        journal = self._read_journal()
+        if self._job and journal.get("job") == self._job:
+            self._earlier.extend(journal["pieces"])
+        size = os.fstat(self._descriptor).st_size
+        os.ftruncate(self._descriptor, min(size, n_bytes) if self._earlier else 0)
+        os.lseek(self._descriptor, 0, os.SEEK_SET)
+
     def _read_journal(self) -> dict[str, Any]:
         """Empty where there is none, or not what was written."""
         try:
@@ -191,11 +198,6 @@ class PartFile:
         except FileNotFoundError:
             return {}
         return json.loads(text) if hashlib.sha256(text).hexdigest().encode() == digest else {}
-
-    def _forget_earlier(self, size: int) -> None:
-        self._earlier.clear()
-        os.ftruncate(self._descriptor, size)
-        os.lseek(self._descriptor, size, os.SEEK_SET)
 
     def _save(self) -> None:
         """Lets the thread flush what was written and then tell of it in the journal."""

@@ -84,6 +84,14 @@ def test_what_another_job_left_is_replaced(tmp_path: Path, job: str) -> None:
     assert write(tmp_path / "x", job) == []
 
 
+@pytest.mark.parametrize("stop", [1, 5])
+def test_what_was_added_behind_does_not_stay(tmp_path: Path, stop: int) -> None:
+    write(tmp_path / "x", stop=stop)
+    with (tmp_path / "x.part").open("ab") as file:
+        file.write(bytes(100_000))
+    assert write(tmp_path / "x") == list(range(stop))
+
+
 @pytest.mark.parametrize("piece", range(4))
 def test_a_damaged_piece_and_all_after_it_are_written_again(tmp_path: Path, piece: int) -> None:
     write(tmp_path / "x", stop=4)
@@ -158,7 +166,7 @@ def test_a_file_that_got_its_name_meanwhile_is_not_taken_for_a_part(tmp_path: Pa
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
-@pytest.mark.parametrize("plant", ["symlink", "hard link", "pipe", "folder"])
+@pytest.mark.parametrize("plant", ["symlink", "hard link", "pipe", "folder", "folder for the journal"])
 def test_what_lies_in_the_way_is_not_written_to(tmp_path: Path, plant: str) -> None:
     precious, there = tmp_path / "precious", tmp_path / "x.part"
     precious.write_bytes(b"precious")
@@ -170,6 +178,9 @@ def test_what_lies_in_the_way_is_not_written_to(tmp_path: Path, plant: str) -> N
         case "pipe":
             os.mkfifo(there)
         case "folder":
+            there.mkdir()
+        case _:
+            there = tmp_path / "x.part.journal"
             there.mkdir()
     with pytest.raises(UsageError, match="cannot write"):
         write(tmp_path / "x")
