@@ -46,8 +46,8 @@ class PartFile:
     """A head, written anew by every run, and pieces after it, in order; open() first, then one of the last three.
 
     A piece is either taken over from an earlier run of the same `job` or written and recorded. What is recorded is
-    flushed to disk and into the journal by a thread, at most every SAVE_SECONDS or SAVE_BYTES. Without a job nothing
-    is kept.
+    flushed to disk and told in the journal by a thread, after SAVE_SECONDS or SAVE_BYTES, whichever comes first.
+    Without a job nothing is kept.
 
     Raises UsageError where the target cannot be written or another process is at it, ResourceError for a full disk.
     """
