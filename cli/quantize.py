@@ -65,8 +65,12 @@ def quantize(source: Source, out: Out = None, preset: Type = "q4_k_m", tensor_ty
         out = default_out(source, preset)
     compile_log.listener = show_compiling
     reports = cast("Generator[TensorReport]", quantize_tensors(source, out, preset, overrides=overrides))
-    with contextlib.closing(reports):
-        show_reports(reports, f"{one_line(source.name, 40)} to {preset}")
+    try:
+        with contextlib.closing(reports):
+            show_reports(reports, f"{one_line(source.name, 40)} to {preset}")
+    except (KeyboardInterrupt, SystemExit):
+        note("stopped; the same command goes on from here")
+        raise
     name = out.stem if out.parent == models_dir() else str(out)
     note(f"{size(out.stat().st_size)} written; talk to it: llmq chat {one_line(name)}")
     sys.stdout.write(f"{one_line(str(out), 4096)}\n")
@@ -111,4 +115,5 @@ def describe(report: "TensorReport") -> str:
     return (
         f"{one_line(report.name, 64)} {'x'.join(map(str, report.shape))} {one_line(report.source, 10)} -> "
         f"{report.format.name}, {size(report.n_bytes)}, error {report.rms_error:.2%}"
+        f"{', done before' if report.resumed else ''}"
     )

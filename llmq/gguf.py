@@ -14,7 +14,7 @@ from llmq.formats import row_bytes
 from llmq.gguf_header import MAGIC, Header, TensorInfo, quoted, read_header
 from llmq.gguf_writer import GGUFWriter, TensorSpec
 
-__all__ = ["GGUF", "GGUFWriter", "TensorInfo", "TensorSpec", "open_gguf", "quoted"]
+__all__ = ["GGUF", "GGUFWriter", "TensorInfo", "TensorSpec", "drop_pages", "open_gguf", "quoted"]
 
 # How files that are often taken for a GGUF file begin, what they are, and what to do.
 STRANGERS = {
@@ -31,15 +31,16 @@ class GGUF:
     NumPy type), arrays of numbers are NumPy arrays of the exact dtype, arrays of strings are list[bytes].
     """
 
-    __slots__ = ("_data", "metadata", "path", "tensors")
+    __slots__ = ("_data", "_mapped", "metadata", "path", "tensors")
 
     def __init__(
-        self, path: Path, metadata: dict[str, Any], tensors: dict[str, TensorInfo], data: np.ndarray | None
+        self, path: Path, metadata: dict[str, Any], tensors: dict[str, TensorInfo], data: np.ndarray | mmap.mmap | None
     ) -> None:
         self.path = path
         self.metadata = metadata
         self.tensors = tensors
-        self._data = data
+        self._mapped = data if isinstance(data, mmap.mmap) else None
+        self._data = np.frombuffer(data, np.uint8) if isinstance(data, mmap.mmap) else data
 
     def data(self, name: str) -> np.ndarray:
         """The packed rows of one tensor: a read-only uint8 view [*shape[:-1], row_bytes] into the mapped file."""
@@ -48,9 +49,14 @@ class GGUF:
         raw = self._data[info.offset : info.offset + info.n_bytes]
         return raw.reshape(*info.shape[:-1], row_bytes(info.format, info.shape[-1]))
 
+    def release(self) -> None:
+        """Lets the pages read so far go, so that a large file does not pile up in this process's memory."""
+        if self._mapped:
+            drop_pages(self._mapped)
+
     def close(self) -> None:
         """Lets go of the file; it stays mapped for as long as a view from data() lives, so no view can dangle."""
-        self._data = None
+        self._data = self._mapped = None
 
     def __enter__(self) -> "GGUF":
         return self
@@ -70,7 +76,13 @@ def open_gguf(path: str | os.PathLike[str]) -> GGUF:
     if data[:4] != MAGIC:
         raise FileFormatError(f"{quoted(path.name)} {_stranger(data[:64])}")
     metadata, tensors = read_header(Header(data, quoted(path.name)))
-    return GGUF(path, metadata, tensors, np.frombuffer(data, np.uint8))
+    return GGUF(path, metadata, tensors, data)
+
+
+def drop_pages(mapped: mmap.mmap) -> None:
+    """Takes a file's pages out of this process's memory; they are read again, mostly from the cache, when needed."""
+    if hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def _map(path: Path) -> mmap.mmap:

@@ -1,24 +1,20 @@
 """GGUF files: the streaming, atomic writer."""
 
-import contextlib
-import errno
-import io
+import hashlib
+import itertools
 import math
 import os
-import re
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
-import psutil
 
-from llmq.errors import LlmqError, ResourceError, UsageError
 from llmq.formats import Format, row_bytes
-from llmq.gguf_header import ALIGNMENT, ARRAY, MAGIC, NAME_LIMIT, NUMBERS, STRING, quoted
+from llmq.gguf_header import ALIGNMENT, ARRAY, MAGIC, NAME_LIMIT, NUMBERS, STRING
+from llmq.part import Note, PartFile
 
 VERSION = 3
 TYPE_IDS = {dtype: type_id for type_id, dtype in NUMBERS.items()}
@@ -40,26 +36,27 @@ class TensorSpec:
 class GGUFWriter:
     """Writes one file, tensor by tensor in the declared order; a context manager.
 
-    The bytes go to `<name>.tmp-<pid>` beside the target, header first and final. Leaving the context flushes that file
-    to disk and renames it, so the target is complete or untouched; an error in between removes it. What earlier, killed
-    writers of the same target left behind is removed too.
+    The bytes go to `<name>.part` beside the target. Leaving the context flushes that file to disk and renames it, so
+    the target is complete or untouched. An error in between removes it; or, given a `job` (a text that stands for all
+    that the data depends on), keeps finished tensors for the next writer of the same job: see `llmq.part`.
 
     Metadata types: str; bool; int as u32, float as f32, NumPy scalars and arrays as their own type; lists of str or
     bytes as strings, of int as i32, of float as f32. What the reader yields is written back as it was.
 
-    Raises UsageError where the target cannot be written, ResourceError where the disk is too small.
+    Raises UsageError where the target cannot be written or is being written, ResourceError where the disk is too small.
     """
 
-    def __init__(self, path: str | os.PathLike[str], metadata: dict[str, Any], tensors: Sequence[TensorSpec]) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], metadata: dict[str, Any], tensors: Sequence[TensorSpec], job: str = ""
+    ) -> None:
         assert len({spec.name for spec in tensors}) == len(tensors), "two tensors of one name"
-        self.path = Path(path)
-        self._temporary = self.path.with_name(f"{self.path.name}.tmp-{os.getpid()}")
+        self._metadata = metadata
         self._alignment = int(metadata.get("general.alignment", ALIGNMENT))
         self._header = _header(metadata, tensors, self._alignment)
         self._tensors = list(tensors)
         self._left = [spec.n_bytes for spec in tensors]
         self._at = 0
-        self._file: io.FileIO
+        self._part = PartFile(Path(path), job and hashlib.sha256(job.encode() + self._header).hexdigest())
 
     @property
     def n_bytes(self) -> int:
@@ -67,23 +64,17 @@ class GGUFWriter:
         return len(self._header) + sum(_padded(spec.n_bytes, self._alignment) for spec in self._tensors)
 
     def __enter__(self) -> "GGUFWriter":
-        with _explained(self.path):
-            if self.path.is_dir():
-                raise UsageError(f"cannot write {quoted(str(self.path), 120)}: it is a folder; give a file name")
-            _remove_leftovers(self.path)
-            free = shutil.disk_usage(self.path.parent).free
-            if free < self.n_bytes:
-                raise ResourceError(
-                    f"{quoted(self.path.name)} needs {self.n_bytes / 1e9:.2f} GB of disk and {free / 1e9:.2f} GB is "
-                    "free; make room or give another folder"
-                )
-            self._file = self._temporary.open("wb", buffering=0)
-        try:
-            self._put(self._header)
-        except LlmqError:
-            self._discard()
-            raise
+        self._part.open(self._header, self.n_bytes)
         return self
+
+    def take_over(self) -> Note | None:
+        """What record() was given for the tensor in turn, where an earlier writer of this job left it whole on disk.
+
+        Else None: that tensor and all after it are to be written.
+        """
+        note = self._part.take_over(_padded(self._tensors[self._at].n_bytes, self._alignment))
+        self._at += note is not None
+        return note
 
     def write(self, name: str, chunk: np.ndarray) -> None:
         """Appends the bytes of `chunk` (any dtype and shape) to the named tensor, which must be the one in turn."""
@@ -92,71 +83,34 @@ class GGUFWriter:
         data = np.ascontiguousarray(chunk).reshape(-1).view(np.uint8)
         self._left[self._at] -= data.size
         assert self._left[self._at] >= 0, f"{-self._left[self._at]} bytes too many for {name}"
-        self._put(data.data)
+        self._part.write(data.data)
         if self._left[self._at] == 0:
-            self._put(bytes(-spec.n_bytes % self._alignment))
+            self._part.write(bytes(-spec.n_bytes % self._alignment))
             self._at += 1
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        try:
-            if kind is None:
-                self._publish()
-        finally:
-            self._discard()
+    def record(self, note: Note) -> None:
+        """Keeps the tensor that is now complete, and `note` with it, for a later writer of the same job."""
+        assert self._left[self._at - 1] == 0, f"{self._tensors[self._at - 1].name} is not complete"
+        self._part.record(note)
 
-    def _publish(self) -> None:
+    def amend(self, key: str, value: Any) -> None:
+        """Gives a number or text in the metadata another value of the same type and size, after the last tensor."""
         assert self._at == len(self._tensors), f"{self._tensors[self._at].name} is not complete"
-        with _explained(self.path):
-            os.fsync(self._file.fileno())
-            self._file.close()
-            self._temporary.replace(self.path)
-            _sync_folder(self.path.parent)
+        before = dict(itertools.takewhile(lambda pair: pair[0] != key, self._metadata.items()))
+        at = len(_header(before, [], 1)) + len(_string(key))
+        assert len(_typed(value)) == len(_typed(self._metadata[key])), key
+        self._part.amend(at, _typed(value))
 
-    def _discard(self) -> None:
-        self._file.close()
-        self._temporary.unlink(missing_ok=True)
-
-    def _put(self, data: bytes | memoryview) -> None:
-        # Unbuffered, so that a full disk shows here and not in close(); a write may then be a short one.
-        left = memoryview(data)
-        with _explained(self.path):
-            while left:
-                left = left[self._file.write(left) :]
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if error is None and self._at == len(self._tensors):
+            self._part.publish()
+        else:
+            self._part.leave(error)
+            assert error is not None, f"{self._tensors[self._at].name} is not complete"
 
 
 def _padded(n_bytes: int, alignment: int) -> int:
     return n_bytes + -n_bytes % alignment
-
-
-@contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """Turns what the system says about writing `path` into a sentence for the user."""
-    try:
-        yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        kind: type[LlmqError] = ResourceError if full else UsageError
-        advice = "make room or give another folder" if full else "check the path and its permissions"
-        raise kind(f"cannot write {quoted(str(path), 120)}: {error.strerror}; {advice}") from error
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes a rename last through a power cut; Windows has no such call and needs none."""
-    if os.name == "nt":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _remove_leftovers(path: Path) -> None:
-    temporary = re.compile(re.escape(path.name) + r"\.tmp-([0-9]{1,9})")
-    for other in path.parent.iterdir():
-        match = temporary.fullmatch(other.name)
-        if match and not psutil.pid_exists(int(match[1])):
-            other.unlink()
 
 
 def _header(metadata: dict[str, Any], tensors: Sequence[TensorSpec], alignment: int) -> bytes:

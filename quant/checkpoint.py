@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llmq.errors import FileFormatError, UnsupportedError, UsageError
-from llmq.gguf import quoted
+from llmq.gguf import drop_pages, quoted
 from quant.files import damaged, locate, parse_json, read_file
 from quant.safetensors import Stored, open_safetensors
 
@@ -30,9 +30,8 @@ class Checkpoint:
 
     def release(self) -> None:
         """Lets the pages read so far go, so that a large checkpoint does not pile up in this process's memory."""
-        if hasattr(mmap, "MADV_DONTNEED"):
-            for mapped in self.maps:
-                mapped.madvise(mmap.MADV_DONTNEED)
+        for mapped in self.maps:
+            drop_pages(mapped)
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

@@ -1,5 +1,6 @@
 """The quantizer: every tensor of a source, a few rows at a time, through recipe and encoder into one GGUF file."""
 
+import json
 import math
 import os
 import stat
@@ -11,10 +12,13 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+import psutil
 
-from llmq.errors import UsageError
+from llmq.errors import ResourceError, UsageError
 from llmq.formats import Format
 from llmq.gguf import GGUFWriter, TensorSpec, quoted
+from llmq.jit import source_stamp
+from llmq.part import Note, explained, part_paths
 from quant.encode import check_range, encode, squared_error
 from quant.recipe import PRESETS, Override, assign
 from quant.source import Source, Weights, open_source
@@ -25,7 +29,14 @@ Result = TypeVar("Result")
 # Weights that are read, encoded and written together, and how many such chunks of a tensor the error is measured on.
 CHUNK = 1 << 18
 MEASURED_CHUNKS = 8
+# After this many chunks the source's pages are let go.
+RELEASED_CHUNKS = 64
 QUANTIZATION_VERSION = 2
+
+# Memory: of a process that has compiled every encoder, of a weight that is being encoded, of a token in the metadata.
+BASE_BYTES = 350 << 20
+WORKING_BYTES = 48
+TEXT_BYTES = 600
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +45,7 @@ class TensorReport:
 
     `rms_error` is the root mean square difference to the source's weights over their root mean square; of a large
     tensor it is measured on an even sample of at least 8 chunks of rows. `index` counts from 0 to `total` - 1.
+    `resumed` tells that an earlier run wrote it.
     """
 
     name: str
@@ -44,6 +56,7 @@ class TensorReport:
     index: int
     total: int
     rms_error: float
+    resumed: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +80,14 @@ def quantize(
 ) -> Iterator[TensorReport]:
     """Write `src`, a checkpoint folder or a GGUF file, as the GGUF file `out`; yields a report after each tensor.
 
-    `out` appears, complete, when the iterator is exhausted; closing it early leaves nothing behind. The bytes do not
-    depend on `threads` (default: one per available processor). A tensor that already has the wanted format is copied.
-    `overrides` give the tensors that they match another format than the preset does.
+    `out` appears, complete, when the iterator is exhausted. Where it is closed early, or the process dies, what was
+    finished stays in `<out>.part`, and the next call of the same kind goes on from there; an error of the source
+    removes it. The bytes depend neither on that nor on `threads` (default: one per available processor). A tensor that
+    already has the wanted format is copied. `overrides` give the tensors that they match another format than the
+    preset does.
 
-    Raises UsageError (unknown preset, an override that fits no tensor, `out` is a source, a folder or no regular file),
-    ResourceError (disk space), FileFormatError and UnsupportedError (the source).
+    Raises UsageError (unknown preset; an override that fits no tensor; `out` is a source, a folder, no regular file, or
+    being written), ResourceError (disk space, memory), FileFormatError and UnsupportedError (the source).
     """
     if preset not in PRESETS:
         raise UsageError(f"there is no type {quoted(preset)}; choose from {', '.join(PRESETS)}")
@@ -86,28 +101,48 @@ def quantize(
         "general.quantization_version": QUANTIZATION_VERSION,
     }
     n_threads = threads or _available()
-    with ThreadPoolExecutor(n_threads) as pool, GGUFWriter(out, metadata, specs) as writer:
+    check_memory(source, n_threads)
+    with ThreadPoolExecutor(n_threads) as pool, GGUFWriter(out, metadata, specs, _job(source, preset)) as writer:
         yield from _write(source, specs, writer, pool, n_threads)
+
+
+def _job(source: Source, *settings: str) -> str:
+    """All that the data depends on: the files read, as far as their dates tell, what was asked for, and this code."""
+    files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in source.files]
+    return json.dumps([files, settings, CHUNK, source_stamp()])
 
 
 def _write(
     source: Source, specs: list[TensorSpec], writer: GGUFWriter, pool: ThreadPoolExecutor, n_threads: int
 ) -> Iterator[TensorReport]:
     tensors = list(zip(source.weights, specs, strict=True))
-    chunks = [_chunks(weights, spec.format) for weights, spec in tensors]
+    done = 0
+    while done < len(tensors) and (note := writer.take_over()) is not None:
+        yield _report(tensors, done, note, resumed=True)
+        done += 1
+    chunks = [_chunks(weights, spec.format) for weights, spec in tensors[done:]]
     results = in_order(pool, _encode, (chunk for group in chunks for chunk in group), 2 * n_threads)
-    for index, ((weights, spec), group) in enumerate(zip(tensors, chunks, strict=True)):
+    n_written = 0
+    for index, group in enumerate(chunks, done):
         error = size = 0.0
         for _chunk in group:
             result = next(results)
-            writer.write(spec.name, result.packed)
+            writer.write(specs[index].name, result.packed)
             error += result.squared_error
             size += result.squared_size
-        source.release()
-        relative = math.sqrt(error / size) if size else 0.0
-        yield TensorReport(
-            spec.name, spec.shape, weights.source, spec.format, spec.n_bytes, index, len(tensors), relative
-        )
+            n_written += 1
+            if n_written % RELEASED_CHUNKS == 0:
+                source.release()
+        note = {"rms_error": math.sqrt(error / size) if size else 0.0}
+        writer.record(note)
+        yield _report(tensors, index, note, resumed=False)
+
+
+def _report(tensors: list[tuple[Weights, TensorSpec]], index: int, note: Note, *, resumed: bool) -> TensorReport:
+    weights, spec = tensors[index]
+    return TensorReport(
+        spec.name, spec.shape, weights.source, spec.format, spec.n_bytes, index, len(tensors), **note, resumed=resumed
+    )
 
 
 def _chunks(weights: Weights, fmt: Format) -> list[_Chunk]:
@@ -144,6 +179,27 @@ def in_order(
         yield waiting.popleft().result()
 
 
+def predicted_memory(source: Source, n_threads: int) -> int:
+    """Bytes that this process has at its peak, most of them once: the interpreter and what compiles the encoders.
+
+    The rest: chunks being encoded, encoded chunks in the queue, source pages not yet let go, and the vocabulary.
+    """
+    chunk = max(max(CHUNK, weights.shape[-1]) for weights in source.weights)
+    n_texts = sum(len(value) for value in source.metadata.values() if isinstance(value, list))
+    per_weight = n_threads * WORKING_BYTES + (2 * n_threads + 1 + n_threads + RELEASED_CHUNKS) * 4
+    return BASE_BYTES + chunk * per_weight + n_texts * TEXT_BYTES
+
+
+def check_memory(source: Source, n_threads: int) -> None:
+    needed = predicted_memory(source, n_threads)
+    free = psutil.virtual_memory().available + psutil.Process().memory_info().rss
+    if needed > free:
+        raise ResourceError(
+            f"{n_threads} threads need {needed / 1e9:.2f} GB of memory to quantize and {free / 1e9:.2f} GB is free; "
+            "close other programs"
+        )
+
+
 def _available() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -151,10 +207,14 @@ def _available() -> int:
 def _check_target(out: Path, sources: tuple[Path, ...]) -> Path:
     """The real path to write to, links followed; refuses one that is read from, by whatever name."""
     out = Path(os.path.realpath(out))
-    if not out.exists():
-        return out
-    if not stat.S_ISREG(out.stat().st_mode) and not out.is_dir():
+    with explained(out):
+        inputs = [
+            path for path in (out, *part_paths(out)) if path.exists() and any(path.samefile(other) for other in sources)
+        ]
+    if inputs:
+        raise UsageError(
+            f"{quoted(inputs[0].name)} is the input itself, which would be destroyed; give another output file"
+        )
+    if out.exists() and not stat.S_ISREG(out.stat().st_mode) and not out.is_dir():
         raise UsageError(f"cannot write {quoted(str(out), 120)}: it is not a regular file; give a file name")
-    if any(out.samefile(source) for source in sources):
-        raise UsageError(f"{quoted(out.name)} is the input itself, which would be destroyed; give another output file")
     return out

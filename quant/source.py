@@ -92,7 +92,7 @@ def _from_gguf(gguf: GGUF) -> Source:
     # An importance matrix served the format it was measured for; the new file does not have that.
     metadata = {key: value for key, value in gguf.metadata.items() if not key.startswith("quantize.imatrix.")}
     weights = [_from_tensor(gguf, name) for name in gguf.tensors]
-    return Source(metadata, weights, (gguf.path,), lambda: None)
+    return Source(metadata, weights, (gguf.path,), gguf.release)
 
 
 def _from_tensor(gguf: GGUF, name: str) -> Weights:

@@ -165,7 +165,7 @@ def test_quantize_refuses_in_one_line(models, tmp_path, capsys, monkeypatch, arg
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_quantizer_that_is_stopped_leaves_nothing_behind(models, tmp_path, number, code) -> None:
+def test_a_quantizer_that_is_stopped_can_go_on(models, tmp_path, capsys, number, code) -> None:
     tiny_gguf(tmp_path / "a.gguf", n_layers=40, format=F16)
     command = [sys.executable, "-m", "cli.main", "quantize", str(tmp_path / "a.gguf"), "--type", "q8_0"]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
@@ -176,7 +176,17 @@ def test_a_quantizer_that_is_stopped_leaves_nothing_behind(models, tmp_path, num
         rest = child.stderr.read()
     assert child.returncode == code
     assert "Traceback" not in rest
-    assert not list(models.iterdir())
+    assert rest.splitlines()[-1] == "stopped; the same command goes on from here"
+    assert sorted(path.name for path in models.iterdir()) == ["a-q8_0.gguf.part", "a-q8_0.gguf.part.journal"]
+    code, _out, err = llmq(capsys, "quantize", tmp_path / "a.gguf", "--type", "q8_0")
+    assert code == 0
+    lines = [line for line in err.splitlines() if "->" in line]
+    done = [line.endswith(", done before") for line in lines]
+    assert done[0]
+    assert done == sorted(done, reverse=True)
+    assert [path.name for path in models.iterdir()] == ["a-q8_0.gguf"]
+    with open_gguf(models / "a-q8_0.gguf") as gguf:
+        assert len(gguf.tensors) == len(lines)
 
 
 @pytest.mark.parametrize("name", HOSTILE)

@@ -3,7 +3,6 @@
 import os
 import resource
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -185,22 +184,68 @@ def test_the_file_is_on_disk_before_it_has_its_name(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(os, "fsync", seen_fsync)
     monkeypatch.setattr(os, "replace", seen_replace)
     write(path, {}, [one()])
-    temporary = f"model.gguf.tmp-{os.getpid()}"
     assert done == [
-        ("fsync", temporary, False),
-        ("replace", temporary, path.stat().st_size),
+        ("fsync", "model.gguf.part", False),
+        ("replace", "model.gguf.part", path.stat().st_size),
         ("fsync", tmp_path.name, True),
     ]
 
 
-def test_leftovers_of_dead_writers_are_removed(tmp_path: Path) -> None:
-    child = subprocess.Popen(["true"])
-    child.wait()
-    kept = [f"model.gguf.tmp-{os.getppid()}", "model.gguf.tmp-old", "other.gguf.tmp-1", "model.gguf.tmp-99999999999999"]
-    for name in [*kept, f"model.gguf.tmp-{child.pid}"]:
-        (tmp_path / name).write_bytes(b"half a model")
-    write(tmp_path / "model.gguf", {}, [one()])
-    assert {path.name for path in tmp_path.iterdir()} == {"model.gguf", *kept}
+def several() -> list[Drawn]:
+    rng = np.random.default_rng(1)
+    specs = [TensorSpec(name, (3, 8 * i), F32) for i, name in enumerate("abcd", 1)]
+    return [Drawn(spec, rng.integers(0, 256, spec.n_bytes, dtype=np.uint8)) for spec in specs]
+
+
+def interrupted(path: Path, pairs: dict[str, Any], job: str, n_tensors: int) -> None:
+    writer = GGUFWriter(path, pairs, [spec for spec, _ in several()], job)
+    writer.__enter__()
+    for spec, rows in several()[:n_tensors]:
+        writer.write(spec.name, rows)
+        writer.record({"error": rows[0] / 3})
+    writer.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+
+
+def test_a_job_is_continued_tensor_by_tensor(tmp_path: Path) -> None:
+    content, pairs = several(), {"general.name": "a model"}
+    write(tmp_path / "whole.gguf", pairs, content)
+    for n_tensors in range(1, 5):
+        interrupted(tmp_path / "x.gguf", pairs, "job", n_tensors)
+        with GGUFWriter(tmp_path / "x.gguf", pairs, [spec for spec, _ in content], "job") as writer:
+            notes = [writer.take_over() for _ in range(n_tensors)]
+            assert notes == [{"error": rows[0] / 3} for _, rows in content[:n_tensors]]
+            for spec, rows in content[n_tensors:]:
+                assert writer.take_over() is None
+                writer.write(spec.name, rows)
+                writer.record({})
+        assert (tmp_path / "x.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+        assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize(("name", "job"), [("a model", "another job"), ("another model", "job")])
+def test_another_job_or_header_begins_anew(tmp_path: Path, name: str, job: str) -> None:
+    interrupted(tmp_path / "x.gguf", {"general.name": "a model"}, "job", 2)
+    with GGUFWriter(tmp_path / "x.gguf", {"general.name": name}, [spec for spec, _ in several()], job) as writer:
+        for spec, rows in several():
+            assert writer.take_over() is None
+            writer.write(spec.name, rows)
+    assert open_gguf(tmp_path / "x.gguf").metadata == {"general.name": name}
+
+
+def test_a_number_can_be_filled_in_at_the_end(tmp_path: Path) -> None:
+    pairs = {"before": ["a", "error"], "error": 0.0, "text": "x" * 8, "after": 7}
+    content = several()
+    with GGUFWriter(tmp_path / "x.gguf", pairs, [spec for spec, _ in content]) as writer:
+        with pytest.raises(AssertionError, match="not complete"):
+            writer.amend("error", 0.25)
+        for spec, rows in content:
+            writer.write(spec.name, rows)
+        writer.amend("error", 0.25)
+        writer.amend("text", "8 or more"[:8])
+        with pytest.raises(AssertionError):
+            writer.amend("text", "longer than it was")
+    write(tmp_path / "y.gguf", pairs | {"error": 0.25, "text": "8 or mor"}, content)
+    assert (tmp_path / "x.gguf").read_bytes() == (tmp_path / "y.gguf").read_bytes()
 
 
 def test_targets_that_cannot_be_written(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """The quantizer whole: weights arrive under their names, files are complete or absent, bytes are reproducible."""
 
+import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -215,6 +217,9 @@ def damage(folder: Path, name: str, value: float) -> None:
 def test_weights_that_are_not_finite_leave_no_file(tmp_path: Path, value: float, preset: str) -> None:
     write_checkpoint(tmp_path / "model")
     damage(tmp_path / "model", "model.layers.1.mlp.up_proj.weight", value)
+    with contextlib.closing(quantize(tmp_path / "model", tmp_path / "out.gguf", preset)) as reports:  # type: ignore[type-var]
+        next(reports)
+    assert (tmp_path / "out.gguf.part").exists()
     with pytest.raises(FileFormatError, match=r"blk\.1\.ffn_up\.weight has weights that are not finite"):
         run(tmp_path / "model", tmp_path / "out.gguf", preset)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
@@ -229,14 +234,56 @@ def test_weights_too_large_for_half_floats_are_refused(tmp_path: Path) -> None:
     run(tmp_path / "model", tmp_path / "out.gguf", "bf16")
 
 
-def test_stopping_early_keeps_what_was_there(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path / "model")
-    (tmp_path / "out.gguf").write_bytes(b"before")
-    reports = quantize(tmp_path / "model", tmp_path / "out.gguf", "q8_0")
-    next(reports)
-    assert (tmp_path / "out.gguf").read_bytes() == b"before"
+def stopped(source: Path, out: Path, preset: str, n_tensors: int) -> None:
+    reports = quantize(source, out, preset, threads=2)
+    for _ in range(n_tensors):
+        assert not next(reports).resumed
     reports.close()  # type: ignore[attr-defined]
+
+
+def test_stopping_early_keeps_what_was_there_and_what_was_done(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "model")
+    whole = run(tmp_path / "model", tmp_path / "whole.gguf", "q4_k_m")
+    (tmp_path / "out.gguf").write_bytes(b"before")
+    stopped(tmp_path / "model", tmp_path / "out.gguf", "q4_k_m", 9)
     assert (tmp_path / "out.gguf").read_bytes() == b"before"
+    reports = run(tmp_path / "model", tmp_path / "out.gguf", "q4_k_m", threads=1)
+    assert [report.resumed for report in reports] == [index < 9 for index in range(len(whole))]
+    assert [dataclasses.replace(report, resumed=False) for report in reports] == whole
+    assert digest(tmp_path / "out.gguf") == digest(tmp_path / "whole.gguf")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out.gguf", "whole.gguf"]
+
+
+def test_a_gguf_file_is_continued_too(tmp_path: Path) -> None:
+    tiny_gguf(tmp_path / "in.gguf", format=Q8_0)
+    run(tmp_path / "in.gguf", tmp_path / "whole.gguf", "q4_k_m")
+    stopped(tmp_path / "in.gguf", tmp_path / "out.gguf", "q4_k_m", 5)
+    assert sum(report.resumed for report in run(tmp_path / "in.gguf", tmp_path / "out.gguf", "q4_k_m")) == 5
+    assert digest(tmp_path / "out.gguf") == digest(tmp_path / "whole.gguf")
+
+
+def touched(folder: Path) -> None:
+    status = (folder / "model.safetensors").stat()
+    os.utime(folder / "model.safetensors", ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+
+
+@pytest.mark.parametrize("change", ["preset", "date", "weights", "configuration", "code"])
+def test_another_job_begins_anew(tmp_path: Path, monkeypatch: Any, change: str) -> None:
+    write_checkpoint(tmp_path / "model")
+    stopped(tmp_path / "model", tmp_path / "out.gguf", "q8_0", 9)
+    preset = "q8_0"
+    match change:
+        case "preset":
+            preset = "q4_k_m"
+        case "date":
+            touched(tmp_path / "model")
+        case "weights":
+            damage(tmp_path / "model", "lm_head.weight", 0.5)
+        case "configuration":
+            write_checkpoint(tmp_path / "model", rope_theta=5000.0)
+        case "code":
+            monkeypatch.setattr(module, "source_stamp", lambda: "another version")
+    assert not any(report.resumed for report in run(tmp_path / "model", tmp_path / "out.gguf", preset))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out.gguf"]
 
 
@@ -249,6 +296,9 @@ def test_the_input_is_never_overwritten(tmp_path: Path) -> None:
     before = {path: digest(path) for path in [*tmp_path.rglob("*.*")] if path.is_file()}
     targets = [(tmp_path / "in.gguf", tmp_path / name) for name in ("in.gguf", "link.gguf", "hard.gguf")]
     targets.append((tmp_path / "link.gguf", tmp_path / "in.gguf"))
+    for suffix in ("part", "part.journal", "part.journal.new"):
+        os.link(tmp_path / "in.gguf", tmp_path / f"{suffix}.gguf.{suffix}")
+        targets.append((tmp_path / "in.gguf", tmp_path / f"{suffix}.gguf"))
     names = ("config.json", "tokenizer.model", "model-00001-of-00002.safetensors", "../vocab.gguf")
     targets += [(tmp_path / "model", tmp_path / "model" / name) for name in names]
     for source, out in targets:

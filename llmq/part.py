@@ -1,0 +1,282 @@
+"""A file in the making: `<name>.part` beside its target, which a later run of the same job continues.
+
+It is held by one process at a time. `<name>.part.journal` tells what is in it: the sha256 of all that follows in hex,
+a line break, and JSON with the job, the process at work, and a sha256 and a note for every finished piece.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import stat
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from llmq.errors import FileFormatError, LlmqError, ResourceError, UnsupportedError, UsageError
+from llmq.gguf_header import quoted
+
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
+
+Note = dict[str, float]
+
+# How much may be lost when the power goes: what was finished since the last save.
+SAVE_BYTES = 64 << 20
+SAVE_SECONDS = 1.0
+BLOCK = 1 << 20  # bytes that are checked at a time
+LOCK_AT = 1 << 62  # Windows locks bytes, and others cannot read those
+
+
+def part_paths(target: Path) -> tuple[Path, Path, Path]:
+    """The files written beside `target`: the part, its journal, and the journal's next version."""
+    part = target.with_name(f"{target.name}.part")
+    return part, part.with_name(f"{part.name}.journal"), part.with_name(f"{part.name}.journal.new")
+
+
+class PartFile:
+    """A head, written anew by every run, and pieces after it, in order; open() first, then one of the last three.
+
+    A piece is either taken over from an earlier run of the same `job` or written and recorded. What is recorded is
+    flushed to disk and told in the journal by a thread, after SAVE_SECONDS or SAVE_BYTES, whichever comes first.
+    Without a job nothing is kept.
+
+    Raises UsageError where the target cannot be written or another process is at it, ResourceError for a full disk.
+    """
+
+    def __init__(self, target: Path, job: str = "") -> None:
+        self.target = target
+        self._job = job
+        self._path, self._journal, self._new = part_paths(target)
+        self._descriptor = -1
+        self._earlier: deque[dict[str, Any]] = deque()  # pieces of an earlier run, not yet checked
+        self._pieces: list[dict[str, Any]] = []
+        self._digest = hashlib.sha256()
+        self._unsaved, self._saved_at = 0, 0.0
+        self._saver: ThreadPoolExecutor | None = None
+        self._saving: Future[None] | None = None
+
+    def open(self, head: bytes, n_bytes: int) -> None:
+        """Begins a file of `n_bytes`, or continues one."""
+        with explained(self.target):
+            if self.target.is_dir():
+                raise UsageError(f"cannot write {quoted(str(self.target), 120)}: it is a folder; give a file name")
+            self._check_space(n_bytes)
+            self._descriptor = self._hold()
+        try:
+            with explained(self.target):
+                self._begin(n_bytes)
+            self.write(head)
+            self._digest = hashlib.sha256()
+            self._saver = ThreadPoolExecutor(1)
+            self._save()
+            self._wait()
+        except BaseException as error:
+            self.leave(error)
+            raise
+
+    def take_over(self, n_bytes: int) -> Note | None:
+        """The note of the next piece where an earlier run left its `n_bytes` whole, else None, then and ever after."""
+        if not self._earlier:
+            return None
+        start = os.lseek(self._descriptor, 0, os.SEEK_CUR)
+        piece, digest, left = self._earlier[0], hashlib.sha256(), n_bytes
+        with explained(self.target):
+            while left and (block := os.read(self._descriptor, min(left, BLOCK))):
+                digest.update(block)
+                left -= len(block)
+            if left or digest.hexdigest() != piece["sha256"]:
+                self._earlier.clear()
+                os.ftruncate(self._descriptor, start)
+                os.lseek(self._descriptor, start, os.SEEK_SET)
+                return None
+        self._pieces.append(self._earlier.popleft())
+        return piece["note"]
+
+    def write(self, data: bytes | memoryview) -> None:
+        self._digest.update(data)
+        self._unsaved += len(data)
+        left = memoryview(data)
+        with explained(self.target):
+            # Unbuffered, so that a full disk shows here; a write may then be a short one.
+            while left:
+                left = left[os.write(self._descriptor, left) :]
+
+    def record(self, note: Note) -> None:
+        """Ends a piece: what was written since the one before."""
+        assert not self._earlier, "a piece was written over"
+        self._pieces.append({"sha256": self._digest.hexdigest(), "note": note})
+        self._digest = hashlib.sha256()
+        if self._unsaved >= SAVE_BYTES or time.monotonic() - self._saved_at >= SAVE_SECONDS:
+            self._save()
+
+    def amend(self, at: int, data: bytes) -> None:
+        """Replaces bytes of the head, just before publish()."""
+        with explained(self.target):
+            os.lseek(self._descriptor, at, os.SEEK_SET)
+            self.write(data)
+
+    def publish(self) -> None:
+        """Gives the file its name; it is on disk whole before it has it."""
+        try:
+            self._wait()
+            with explained(self.target):
+                os.fsync(self._descriptor)
+                # The journal goes first: once the part has its name, another run may begin one.
+                self._remove_journal()
+                if sys.platform == "win32":  # where an open file cannot be renamed
+                    self._close()
+                self._path.replace(self.target)
+                _sync_folder(self.target.parent)
+        except BaseException as error:
+            self.leave(error)
+            raise
+        self._close()
+
+    def leave(self, error: BaseException | None) -> None:
+        """Stops before the end: keeps finished pieces for a later run, unless there is no job or the source is bad."""
+        pieces = self._pieces or self._earlier
+        if self._job and pieces and not isinstance(error, FileFormatError | UnsupportedError):
+            # A disk that is full may have no room for a journal either; then the one before holds.
+            with contextlib.suppress(LlmqError):
+                self._save()
+                self._wait()
+        else:
+            with contextlib.suppress(OSError):  # which must not hide `error`
+                self._remove_journal()
+                self._path.unlink(missing_ok=True)
+        self._close()
+
+    def _check_space(self, n_bytes: int) -> None:
+        free = shutil.disk_usage(self.target.parent).free
+        there = sum(path.lstat().st_size for path in part_paths(self.target) if path.exists())
+        if free + there < n_bytes:
+            raise ResourceError(
+                f"{quoted(self.target.name)} needs {(n_bytes - there) / 1e9:.2f} GB of disk and {free / 1e9:.2f} GB is "
+                "free; make room or give another folder"
+            )
+
+    def _hold(self) -> int:
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+        while True:
+            descriptor = os.open(self._path, flags, 0o666)
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+                os.close(descriptor)
+                raise UsageError(f"cannot write {quoted(str(self._path), 120)}: it is another file; remove it")
+            if not _lock(descriptor):
+                os.close(descriptor)
+                at_it = self._read_journal().get("pid", "another one")
+                raise UsageError(
+                    f"cannot write {quoted(str(self.target), 120)}: process {at_it} is writing it; wait for it to end"
+                )
+            # What was opened may meanwhile have been renamed or removed by the one who held it.
+            if _is_at(self._path, status):
+                return descriptor
+            os.close(descriptor)
+
+    def _begin(self, n_bytes: int) -> None:
+        journal = self._read_journal()
+        if self._job and journal.get("job") == self._job:
+            self._earlier.extend(journal["pieces"])
+        size = os.fstat(self._descriptor).st_size
+        os.ftruncate(self._descriptor, min(size, n_bytes) if self._earlier else 0)
+        os.lseek(self._descriptor, 0, os.SEEK_SET)
+
+    def _read_journal(self) -> dict[str, Any]:
+        """Empty where there is none, or not what was written."""
+        try:
+            digest, _, text = self._journal.read_bytes().partition(b"\n")
+        except FileNotFoundError:
+            return {}
+        return json.loads(text) if hashlib.sha256(text).hexdigest().encode() == digest else {}
+
+    def _save(self) -> None:
+        """Lets the thread flush what was written and then tell of it in the journal."""
+        self._wait()
+        if self._job and self._saver:
+            journal = {"job": self._job, "pid": os.getpid(), "pieces": [*self._pieces, *self._earlier]}
+            self._saving = self._saver.submit(self._flush, json.dumps(journal).encode())
+        self._unsaved, self._saved_at = 0, time.monotonic()
+
+    def _flush(self, journal: bytes) -> None:
+        _sync_data(self._descriptor)
+        self._new.unlink(missing_ok=True)
+        with self._new.open("xb") as file:
+            file.write(hashlib.sha256(journal).hexdigest().encode() + b"\n" + journal)
+            file.flush()
+            os.fsync(file.fileno())
+        self._new.replace(self._journal)
+
+    def _wait(self) -> None:
+        if self._saving:
+            with explained(self.target):
+                self._saving.result()
+            self._saving = None
+
+    def _remove_journal(self) -> None:
+        for path in (self._new, self._journal):
+            path.unlink(missing_ok=True)
+
+    def _close(self) -> None:
+        if self._saver:
+            self._saver.shutdown()
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+@contextlib.contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turns what the system says about writing `path` into a sentence for the user."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        kind: type[LlmqError] = ResourceError if full else UsageError
+        advice = "make room or give another folder" if full else "check the path and its permissions"
+        raise kind(f"cannot write {quoted(str(path), 120)}: {error.strerror}; {advice}") from error
+
+
+def _lock(descriptor: int) -> bool:
+    """False where another process holds the file; a file system without locks lets everybody."""
+    try:
+        if sys.platform == "win32":
+            os.lseek(descriptor, LOCK_AT, os.SEEK_SET)
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        else:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
+    return True
+
+
+def _is_at(path: Path, status: os.stat_result) -> bool:
+    try:
+        return os.path.samestat(status, path.lstat())
+    except FileNotFoundError:
+        return False
+
+
+def _sync_data(descriptor: int) -> None:
+    """fdatasync, where there is one."""
+    getattr(os, "fdatasync", os.fsync)(descriptor)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes a rename last through a power cut; Windows has no such call and needs none."""
+    if os.name == "nt":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

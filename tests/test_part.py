@@ -1,0 +1,270 @@
+"""Files in the making: what an interrupted run leaves, who may go on with it, and that nothing doubtful is kept."""
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmq import part as module
+from llmq.errors import FileFormatError, LlmqError, ResourceError, UnsupportedError, UsageError
+from llmq.part import PartFile, part_paths
+
+HEAD = b"head of the file"
+PIECES = [bytes([i]) * (i * 1000 + 1) for i in range(1, 7)]
+WHOLE = HEAD + b"".join(PIECES)
+
+
+def write(target: Path, job: str = "job", stop: int = len(PIECES), error: BaseException | None = None) -> list[int]:
+    """Writes all pieces, or leaves before piece `stop`; numbers of those taken over."""
+    part = PartFile(target, job)
+    part.open(HEAD, len(WHOLE))
+    taken, number = [], 0
+    while number < stop and (note := part.take_over(len(PIECES[number]))) is not None:
+        assert note == {"error": number / 3}
+        taken.append(number)
+        number += 1
+    try:
+        for i in range(number, stop):
+            part.write(PIECES[i][:500])
+            part.write(PIECES[i][500:])
+            part.record({"error": i / 3})
+    except ResourceError as full:
+        part.leave(full)
+        raise
+    if stop < len(PIECES):
+        part.write(PIECES[stop][:300])
+        part.leave(error)
+    else:
+        part.publish()
+        assert target.read_bytes() == WHOLE
+        assert [path.name for path in target.parent.iterdir()] == [target.name]
+    return taken
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt(), ResourceError("full"), OSError("gone"), MemoryError()])
+@pytest.mark.parametrize("stop", range(1, 6))
+def test_what_was_left_is_continued(tmp_path: Path, stop: int, error: BaseException | None) -> None:
+    write(tmp_path / "x", stop=stop, error=error)
+    assert not (tmp_path / "x").exists()
+    assert write(tmp_path / "x") == list(range(stop))
+
+
+def test_a_run_may_stop_more_than_once(tmp_path: Path) -> None:
+    for stop in (2, 2, 1, 4):
+        write(tmp_path / "x", stop=stop)
+    assert write(tmp_path / "x") == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("error", [FileFormatError("damaged"), UnsupportedError("too large")])
+def test_nothing_is_left_of_a_source_that_cannot_be(tmp_path: Path, error: LlmqError) -> None:
+    write(tmp_path / "x", stop=3)
+    write(tmp_path / "x", stop=4, error=error)
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_left_where_no_piece_was_finished(tmp_path: Path) -> None:
+    write(tmp_path / "x", stop=0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_left_without_a_job(tmp_path: Path) -> None:
+    write(tmp_path / "x", job="", stop=3)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("job", ["other", ""])
+def test_what_another_job_left_is_replaced(tmp_path: Path, job: str) -> None:
+    write(tmp_path / "x", stop=4)
+    assert write(tmp_path / "x", job) == []
+
+
+@pytest.mark.parametrize("stop", [1, 5])
+def test_what_was_added_behind_does_not_stay(tmp_path: Path, stop: int) -> None:
+    write(tmp_path / "x", stop=stop)
+    with (tmp_path / "x.part").open("ab") as file:
+        file.write(bytes(100_000))
+    assert write(tmp_path / "x") == list(range(stop))
+
+
+@pytest.mark.parametrize("piece", range(4))
+def test_a_damaged_piece_and_all_after_it_are_written_again(tmp_path: Path, piece: int) -> None:
+    write(tmp_path / "x", stop=4)
+    with (tmp_path / "x.part").open("r+b") as file:
+        file.seek(len(HEAD) + sum(map(len, PIECES[:piece])) + 7)
+        file.write(b"\xff")
+    assert write(tmp_path / "x") == list(range(piece))
+
+
+def test_a_part_cut_anywhere_is_continued(tmp_path: Path) -> None:
+    ends = [len(HEAD) + sum(map(len, PIECES[: i + 1])) for i in range(3)]
+    for size in (0, 1, len(HEAD), *(end + off for end in ends for off in (-1, 0, 1))):
+        write(tmp_path / "x", stop=4)
+        os.truncate(tmp_path / "x.part", size)
+        assert write(tmp_path / "x") == [i for i, end in enumerate(ends) if end <= size]
+        (tmp_path / "x").unlink()
+
+
+def test_a_damaged_journal_is_not_believed(tmp_path: Path) -> None:
+    write(tmp_path / "x", stop=3)
+    part, journal, _ = part_paths(tmp_path / "x")
+    kept = part.read_bytes(), journal.read_bytes()
+    for at in range(0, len(kept[1]), 7):
+        flipped = kept[1][:at] + bytes([kept[1][at] ^ 1]) + kept[1][at + 1 :]
+        for damaged in (kept[1][:at], flipped):
+            part.write_bytes(kept[0])
+            journal.write_bytes(damaged)
+            assert write(tmp_path / "x") == []
+            (tmp_path / "x").unlink()
+
+
+def test_a_head_is_always_the_new_one(tmp_path: Path) -> None:
+    """So that amending it, just before the end, does not cost the pieces when the process dies right then."""
+    write(tmp_path / "x", stop=5)
+    with (tmp_path / "x.part").open("r+b") as file:
+        file.write(b"amended")
+    assert write(tmp_path / "x") == [0, 1, 2, 3, 4]
+
+
+def test_a_target_is_written_by_one_process(tmp_path: Path) -> None:
+    first = PartFile(tmp_path / "x", "job")
+    first.open(HEAD, len(WHOLE))
+    program = (
+        "import sys; from pathlib import Path; from llmq.part import PartFile; PartFile(Path(sys.argv[1])).open(b'', 0)"
+    )
+    second = subprocess.run(
+        [sys.executable, "-c", program, tmp_path / "x"], capture_output=True, text=True, check=False
+    )
+    assert f"process {os.getpid()} is writing it" in second.stderr
+    with pytest.raises(UsageError, match="is writing it"):
+        write(tmp_path / "x")
+    first.leave(None)
+    write(tmp_path / "x")
+
+
+def test_a_file_that_got_its_name_meanwhile_is_not_taken_for_a_part(tmp_path: Path, monkeypatch: Any) -> None:
+    """The one who held the lock publishes between another's opening and locking."""
+    first = PartFile(tmp_path / "x", "job")
+    first.open(HEAD, 1)
+    lock = module._lock
+
+    def late(descriptor: int) -> bool:
+        monkeypatch.setattr(module, "_lock", lock)
+        first.publish()
+        return lock(descriptor)
+
+    monkeypatch.setattr(module, "_lock", late)
+    second = PartFile(tmp_path / "x", "job")
+    second.open(b"another head", 1)
+    assert (tmp_path / "x").read_bytes() == HEAD
+    second.leave(None)
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+@pytest.mark.parametrize("plant", ["symlink", "hard link", "pipe", "folder", "folder for the journal"])
+def test_what_lies_in_the_way_is_not_written_to(tmp_path: Path, plant: str) -> None:
+    precious, there = tmp_path / "precious", tmp_path / "x.part"
+    precious.write_bytes(b"precious")
+    match plant:
+        case "symlink":
+            there.symlink_to("precious")
+        case "hard link":
+            there.hardlink_to(precious)
+        case "pipe":
+            os.mkfifo(there)
+        case "folder":
+            there.mkdir()
+        case _:
+            there = tmp_path / "x.part.journal"
+            there.mkdir()
+    with pytest.raises(UsageError, match="cannot write"):
+        write(tmp_path / "x")
+    assert precious.read_bytes() == b"precious"
+    assert there.is_symlink() or there.exists()
+
+
+def test_a_link_in_place_of_the_journal_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    precious = tmp_path / "precious"
+    precious.write_bytes(b"precious")
+    for path in part_paths(tmp_path / "folder" / "x")[1:]:
+        path.symlink_to(precious)
+    write(tmp_path / "folder" / "x")
+    assert precious.read_bytes() == b"precious"
+
+
+def test_what_is_there_counts_as_room(tmp_path: Path, monkeypatch: Any) -> None:
+    write(tmp_path / "x", stop=5)
+    usage, there = shutil.disk_usage(tmp_path), sum(path.stat().st_size for path in tmp_path.iterdir())
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=len(WHOLE) - there - 1))
+    with pytest.raises(ResourceError, match="of disk"):
+        write(tmp_path / "x")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=len(WHOLE) - there))
+    assert write(tmp_path / "x") == [0, 1, 2, 3, 4]
+
+
+def test_a_disk_that_fills_up_keeps_what_was_finished(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(WHOLE) - 9000, hard))
+    try:
+        with pytest.raises(ResourceError, match="make room"):
+            write(tmp_path / "x")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert write(tmp_path / "x") == [0, 1, 2, 3]
+
+
+def test_the_journal_is_saved_in_time(tmp_path: Path, monkeypatch: Any) -> None:
+    """After so many bytes, and at once where no time may pass."""
+
+    def saved(stop: int) -> int:
+        part = PartFile(tmp_path / "x", "job")
+        part.open(HEAD, len(WHOLE))
+        for piece in PIECES[:stop]:
+            part.write(piece)
+            part.record({})
+        part._wait()
+        pieces = json.loads((tmp_path / "x.part.journal").read_bytes().partition(b"\n")[2])["pieces"]
+        part.leave(FileFormatError(""))
+        return len(pieces)
+
+    monkeypatch.setattr(module, "SAVE_SECONDS", 1e9)
+    assert [saved(i) for i in range(1, 6)] == [0, 0, 0, 0, 0]
+    monkeypatch.setattr(module, "SAVE_BYTES", 3000)
+    assert [saved(i) for i in range(1, 6)] == [0, 2, 3, 4, 5]
+    monkeypatch.setattr(module, "SAVE_BYTES", 1e9)
+    monkeypatch.setattr(module, "SAVE_SECONDS", 0)
+    assert [saved(i) for i in range(1, 6)] == [1, 2, 3, 4, 5]
+
+
+def test_data_is_on_disk_before_the_journal_tells_and_before_the_name(tmp_path: Path, monkeypatch: Any) -> None:
+    done: list[tuple[str, str]] = []
+
+    def seen(name: str) -> None:
+        real = getattr(os, name)
+
+        def call(what: Any, *rest: Any) -> Any:
+            path = Path(f"/proc/self/fd/{what}").readlink() if isinstance(what, int) else Path(what)
+            done.append((name, path.name))
+            return real(what, *rest)
+
+        monkeypatch.setattr(os, name, call)
+
+    for name in ("fdatasync", "fsync", "replace", "unlink"):
+        seen(name)
+    write(tmp_path / "x")
+    saved = [("fdatasync", "x.part"), ("unlink", "x.part.journal.new"), ("fsync", "x.part.journal.new")]
+    saved.append(("replace", "x.part.journal.new"))
+    assert done == [
+        *saved,
+        ("fsync", "x.part"),
+        ("unlink", "x.part.journal.new"),
+        ("unlink", "x.part.journal"),
+        ("replace", "x.part"),
+        ("fsync", tmp_path.name),
+    ]
