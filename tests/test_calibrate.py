@@ -201,6 +201,7 @@ def test_importance_by_hand() -> None:
     inputs = {
         "w": Inputs(np.array([[64, 0, 128], [0, 0, 0]], np.float32), np.array([32, 0])),
         "uneven": Inputs(np.array([[96, 32], [0, 0]], np.float32), np.array([32, 32])),
+        "unlike": Inputs(np.array([[6400, 0], [64, 0]], np.float32), np.array([32, 32])),
         "unread": Inputs(np.zeros((2, 3), np.float32), np.array([0, 0])),
         "silent": Inputs(np.zeros((1, 3), np.float32), np.array([9])),
     }
@@ -209,6 +210,8 @@ def test_importance_by_hand() -> None:
     assert np.allclose(calibration.importance("w"), [[2, least, 4], [2, least, 4]], rtol=1e-6)
     # The mean is 1.5 and 0.5: (96 + 32 * 1.5) / 64 and (0 + 32 * 1.5) / 64, and a third of those.
     assert np.allclose(calibration.importance("uneven"), [[2.25, 0.75], [0.75, 0.25]])
+    # The mean is 101; a column that is always 0 has a millionth of its own expert's mean.
+    assert np.allclose(calibration.importance("unlike"), [[150.5, 75.25e-6], [51.5, 25.75e-6]], rtol=1e-6)
     assert (calibration.importance("unread") == np.ones((2, 3))).all()
     assert (calibration.importance("silent") == np.ones((1, 3))).all()
     assert calibration.importance("w").dtype == np.float32
