@@ -1,6 +1,7 @@
 """The CPU engine: buffers, threads, and batches in; logits out."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -32,6 +33,22 @@ def tile_bytes(n_rows: int) -> int:
     return 4 * ROWS * (n_rows + SPARE)
 
 
+@dataclass(frozen=True, slots=True)
+class LayerInputs:
+    """What a layer's matrices have read for a batch of n rows: views, good until the engine runs again.
+
+    `attended` f32 [n, n_heads * head_dim] went into attn_output, `normed` f32 [n, dim] into ffn_gate and ffn_up,
+    `hidden` f32 [n * n_used, ffn_dim] into ffn_down. Row i of `hidden` comes from row entries[i] of the batch, and
+    expert e took the rows starts[e] .. starts[e + 1] of it; a dense layer is one expert. Both are int32.
+    """
+
+    attended: np.ndarray
+    normed: np.ndarray
+    hidden: np.ndarray
+    entries: np.ndarray
+    starts: np.ndarray
+
+
 class Engine:
     """One model ready to run; one batch at a time."""
 
@@ -45,6 +62,7 @@ class Engine:
         self._layer_bytes = self.plan.layer_bytes
         self._rows = 0
         self._memory: dict[str, np.ndarray] = {}
+        self._given: dict[str, np.ndarray] = {}
         self._job = np.zeros(1, JOB)
         self._phases = aligned(PHASE_BYTES * (PHASES_PER_LAYER * config.n_layers + PHASES_BESIDES))
         self._team = Team(n_threads, forward.address, self._job)
@@ -74,10 +92,46 @@ class Engine:
         Rows of one ring stand together, positions ascending. Keys and values are written to the rings; to advance them
         is the caller's. May be interrupted (KeyboardInterrupt) between layers: then no ring has changed its length.
         """
-        n_rows, n_layers = len(tokens), self.config.n_layers
+        self._begin(tokens, positions, rings, outputs)
+        n_layers = self.config.n_layers
+        step = max(1, int(WORK_PER_CALL / (self._layer_bytes * len(tokens))))
+        for first in range(0, n_layers, step):
+            self._run(first, min(first + step, n_layers))
+        return self._given["logits"]
+
+    def embed(self, tokens: Sequence[int], positions: Sequence[int], rings: Sequence[KVRing]) -> np.ndarray:
+        """Begin a batch whose layers are run one by one: its hidden states, f32 [len(tokens), dim].
+
+        They are a view that run_layer reads and writes, so that another batch's can be put there in between.
+        """
+        self._begin(tokens, positions, rings, ())
+        self._run(0, 0)
+        return self._rows_of("x", len(tokens), self.config.dim)
+
+    def run_layer(self, i: int) -> LayerInputs:
+        """Layer `i` for the batch that embed began; layer 0 always begins with the embedding."""
+        c, n = self.config, int(self._job["n_rows"][0])
+        self._run(i, i + 1)
+        n_entries, n_experts = n * max(1, c.n_experts_used), max(1, c.n_experts)
+        return LayerInputs(
+            attended=self._rows_of("attended", n, c.n_heads * c.head_dim),
+            normed=self._rows_of("normed", n, c.dim),
+            hidden=self._rows_of("hidden", n_entries, c.ffn_dim),
+            entries=self._memory["entries"].view(np.int32)[:n_entries],
+            starts=self._memory["starts"].view(np.int32)[: n_experts + 1],
+        )
+
+    def close(self) -> None:
+        self._team.close()
+
+    def _begin(
+        self, tokens: Sequence[int], positions: Sequence[int], rings: Sequence[KVRing], outputs: Sequence[int]
+    ) -> None:
+        """Put a batch into the job."""
+        n_rows = len(tokens)
         assert 0 < n_rows <= self.batch, n_rows
         self._make_room(n_rows)
-        rows: dict[str, np.ndarray] = {
+        self._given = {
             "tokens": np.asarray(tokens, np.int32),
             "positions": np.asarray(positions, np.int64),
             "rings": np.asarray([ring.address for ring in rings], np.int64),
@@ -85,23 +139,22 @@ class Engine:
             "output_rows": np.asarray(outputs, np.int64),
             "logits": np.empty((len(outputs), self.config.vocab_size), np.float32),
         }
-        assert rows["tokens"].min() >= 0, tokens
-        assert rows["tokens"].max() < self.config.vocab_size, tokens
-        for name, array in rows.items():
+        assert self._given["tokens"].min() >= 0, tokens
+        assert self._given["tokens"].max() < self.config.vocab_size, tokens
+        for name, array in self._given.items():
             self._job[name] = array.ctypes.data
         self._job["n_rows"], self._job["n_outputs"] = n_rows, len(outputs)
-        self._cut_context(rows["positions"])
+        self._cut_context(self._given["positions"])
         if not self.config.n_experts:
             self._one_expert(n_rows)
-        step = max(1, int(WORK_PER_CALL / (self._layer_bytes * n_rows)))
-        self._phases[:] = 0
-        for first in range(0, n_layers, step):
-            self._job["first_layer"], self._job["end_layer"] = first, min(first + step, n_layers)
-            self._team.run()
-        return rows["logits"]
 
-    def close(self) -> None:
-        self._team.close()
+    def _run(self, first_layer: int, end_layer: int) -> None:
+        self._phases[:] = 0
+        self._job["first_layer"], self._job["end_layer"] = first_layer, end_layer
+        self._team.run()
+
+    def _rows_of(self, name: str, n_rows: int, n_cols: int) -> np.ndarray:
+        return self._memory[name].view(np.float32)[: n_rows * n_cols].reshape(n_rows, n_cols)
 
     def _cut_context(self, positions: np.ndarray) -> None:
         """A few rows attend by parts of their context, which threads share out; many rows have enough to share."""

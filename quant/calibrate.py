@@ -1,0 +1,174 @@
+"""Calibration: a model in full precision works through a text, and what its matrices read is summed up.
+
+All chunks of the text pass through a layer before the next one begins, so each weight is read from disk once and only
+one layer has to be in memory. Chunks are conversations of their own that begin with BOS, and share one KV ring: within
+a layer nothing of an earlier chunk is seen.
+"""
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from llmq.cache import KVRing
+from llmq.config import ModelConfig
+from llmq.cores import usable_cores
+from llmq.engine.cpu import BATCH, Engine
+from llmq.errors import FileFormatError, UsageError
+from llmq.gguf import GGUF, quoted
+from llmq.tokenizer import Tokenizer, load_tokenizer
+from quant.calibration import DEFAULT_TEXT, Calibration, Inputs
+from quant.model import open_model
+
+# Every token has a hidden state in memory all the time: 2 GiB of them where a model is 4096 wide.
+MAX_TOKENS = 1 << 17
+
+
+@dataclass(frozen=True, slots=True)
+class LayerStatistics:
+    """What the matrices of one layer read, by tensor name; the last of `total` is the output matrix.
+
+    `moments` float32 [n_experts, n_cols / block, block, block]: the mean of x[i] * x[j] over an expert's tokens within
+    each block of columns, 0 for an expert that had none. Matrices that read the same thing share their arrays.
+    """
+
+    index: int
+    total: int
+    n_chunks: int
+    chunk_size: int
+    inputs: dict[str, Inputs]
+    moments: dict[str, np.ndarray]
+
+
+def calibrate(src: Path, text: str, *, threads: int | None = None, block: int = 0) -> Iterator[LayerStatistics]:
+    """Run `src`, a checkpoint folder or a GGUF file, over `text`; yields layer by layer, then the output matrix.
+
+    `block` > 0 asks for moments too, within blocks of so many columns; narrower matrices are one block, and where it
+    does not divide the width it is their greatest common divisor. What comes out does not depend on `threads`
+    (default: one per physical core).
+
+    Raises UsageError (a text that is empty or too long), FileFormatError and UnsupportedError (the source).
+    """
+    model = open_model(src)
+    config, gguf = model.config, model.gguf
+    chunks = _chunks(load_tokenizer(gguf.metadata), text, min(BATCH, config.context_length))
+    hidden = [np.empty((len(chunk), config.dim), np.float32) for chunk in chunks]
+    shapes = {name: info.shape for name, info in gguf.tensors.items()}
+    with closing(Engine(gguf, config, threads or usable_cores())) as engine:
+        ring = engine.ring(len(chunks[0]))
+        for i in range(config.n_layers):
+            model.prepare(i)
+            sums = {what: _Sums(names, shapes, block) for what, names in _readers(config, i).items()}
+            for chunk, x in zip(chunks, hidden, strict=True):
+                _run_layer(engine, i, chunk, ring, x, sums)
+            if not all(np.isfinite(x).all() for x in hidden):
+                raise FileFormatError(
+                    f"layer {i} of {quoted(gguf.path.name)} gives values that are not finite: its weights are damaged; "
+                    "download or make it again"
+                )
+            model.release()
+            yield _statistics(i, config, chunks, sums.values())
+    output = _Sums(("token_embd.weight" if config.tied_embeddings else "output.weight",), shapes, block)
+    for x in hidden:
+        output.add(0, _rms_norm(x, gguf, "output_norm.weight", config.rms_eps))
+    yield _statistics(config.n_layers, config, chunks, [output])
+
+
+def gather(layers: Iterable[LayerStatistics], dataset: str = DEFAULT_TEXT.name) -> Calibration:
+    """All layers of a run together, without their moments; `dataset` names the text."""
+    inputs: dict[str, Inputs] = {}
+    for layer in layers:
+        inputs |= layer.inputs
+    return Calibration(inputs, dataset, layer.n_chunks, layer.chunk_size)
+
+
+def _chunks(tokenizer: Tokenizer, text: str, size: int) -> list[list[int]]:
+    """Token ids in chunks of `size`, the last one shorter; each begins with BOS where the model wants that."""
+    start = [tokenizer.bos_id] if tokenizer.add_bos else []
+    step = size - len(start)
+    ids = tokenizer.encode(text)
+    if not ids or step < 1:
+        raise UsageError("the text for calibration has no tokens; give a longer one")
+    if len(ids) > MAX_TOKENS:
+        raise UsageError(f"the text for calibration has {len(ids)} tokens; give one of up to {MAX_TOKENS}")
+    return [start + ids[at : at + step] for at in range(0, len(ids), step)]
+
+
+def _readers(config: ModelConfig, i: int) -> dict[str, tuple[str, ...]]:
+    """Names of a layer's tensors by what they read."""
+    blk, experts = f"blk.{i}.", "_exps" if config.n_experts else ""
+    return {
+        "attn_normed": (f"{blk}attn_q.weight", f"{blk}attn_k.weight", f"{blk}attn_v.weight"),
+        "attended": (f"{blk}attn_output.weight",),
+        "ffn_normed": (f"{blk}ffn_gate{experts}.weight", f"{blk}ffn_up{experts}.weight"),
+        "hidden": (f"{blk}ffn_down{experts}.weight",),
+    }
+
+
+# What is not finite is found after the layer.
+@np.errstate(over="ignore", invalid="ignore")
+def _run_layer(engine: Engine, i: int, chunk: list[int], ring: KVRing, x: np.ndarray, sums: dict[str, "_Sums"]) -> None:
+    """One chunk through layer i: hidden states x [n, dim] become those after it, and what matrices read is added."""
+    gguf, config = engine.plan.gguf, engine.config
+    state = engine.embed(chunk, range(len(chunk)), [ring] * len(chunk))
+    if i > 0:
+        state[:] = x
+    sums["attn_normed"].add(0, _rms_norm(state, gguf, f"blk.{i}.attn_norm.weight", config.rms_eps))
+    inputs = engine.run_layer(i)
+    x[:] = state
+    sums["attended"].add(0, inputs.attended)
+    for expert, (start, stop) in enumerate(itertools.pairwise(inputs.starts)):
+        if start < stop:
+            sums["ffn_normed"].add(expert, inputs.normed[inputs.entries[start:stop]])
+            sums["hidden"].add(expert, inputs.hidden[start:stop])
+
+
+def _rms_norm(x: np.ndarray, gguf: GGUF, weight: str, eps: float) -> np.ndarray:
+    """float32 [n, dim] of x [n, dim], which the engine prepares for its kernels without leaving it as floats."""
+    mean = np.square(x, dtype=np.float64).mean(axis=1, keepdims=True)
+    return (x / np.sqrt(mean + eps)).astype(np.float32) * gguf.data(weight).view(np.float32)
+
+
+class _Sums:
+    """Sums in float64 over one input that the tensors `names` share; products of columns in float32 within a chunk."""
+
+    def __init__(self, names: tuple[str, ...], shapes: Mapping[str, tuple[int, ...]], block: int) -> None:
+        shape = shapes[names[0]]
+        n_experts, n_cols = shape[0] if len(shape) == 3 else 1, shape[-1]
+        self.names = names
+        self.counts = np.zeros(n_experts, np.int64)
+        self.squares = np.zeros((n_experts, n_cols))
+        size = n_cols if block > n_cols else math.gcd(block, n_cols)
+        self.products = np.zeros((n_experts, n_cols // size, size, size)) if block else None
+
+    def add(self, expert: int, x: np.ndarray) -> None:
+        """Rows [n, n_cols] that an expert reads."""
+        self.counts[expert] += len(x)
+        self.squares[expert] += np.square(x, dtype=np.float64).sum(axis=0)
+        if self.products is not None:
+            blocks = x.reshape(len(x), *self.products.shape[1:3])
+            # BLAS has its own threads, as many whatever llmq is told; each element is summed by one of them.
+            self.products[expert] += np.matmul(blocks.transpose(1, 2, 0), blocks.transpose(1, 0, 2))
+
+    def inputs(self) -> Inputs:
+        return Inputs(self.squares.astype(np.float32), self.counts)
+
+    def moments(self) -> np.ndarray | None:
+        if self.products is None:
+            return None
+        return (self.products / np.maximum(self.counts, 1)[:, None, None, None]).astype(np.float32)
+
+
+def _statistics(index: int, config: ModelConfig, chunks: list[list[int]], sums: Iterable[_Sums]) -> LayerStatistics:
+    inputs: dict[str, Inputs] = {}
+    moments: dict[str, np.ndarray] = {}
+    for each in sums:
+        inputs |= dict.fromkeys(each.names, each.inputs())
+        found = each.moments()
+        if found is not None:
+            moments |= dict.fromkeys(each.names, found)
+    return LayerStatistics(index, config.n_layers + 1, len(chunks), len(chunks[0]), inputs, moments)
