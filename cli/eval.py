@@ -5,14 +5,13 @@ import dataclasses
 import json
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cli import options
 from cli.screen import one_line, status, table
-from llmq.errors import UsageError
+from cli.text import read_text
 from llmq.store import BUNDLED
 
 if TYPE_CHECKING:
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
     from quant.evaluate import Comparison, Evaluation
     from quant.statistics import Estimate
 
-TEXT_LIMIT = 16 << 20
 
 Against = Annotated[
     str | None,
@@ -73,22 +71,6 @@ def evaluate(
         sys.stdout.write("\n")
     else:
         sys.stdout.write("\n\n".join(map(table, tables(found, stems, ctx))) + "\n")
-
-
-def read_text(name: str) -> str:
-    """The text of a file, or of stdin for a dash. UsageError where there is none, or one that is not UTF-8."""
-    try:
-        with contextlib.nullcontext(sys.stdin.buffer) if name == "-" else Path(name).open("rb") as file:
-            raw = file.read(TEXT_LIMIT + 1)
-    except FileNotFoundError:
-        raise UsageError(f"there is no file {name[:100]!a}; --text takes the path of a text, or - for stdin") from None
-    where = "stdin" if name == "-" else f"{Path(name).name[:70]!a}"
-    if len(raw) > TEXT_LIMIT:
-        raise UsageError(f"{where} holds more than {TEXT_LIMIT >> 20} MiB; give a shorter text")
-    try:
-        return raw.decode()
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{where} is not UTF-8 text (byte {error.start}); convert it, or give another") from None
 
 
 def measure(models: "list[Model]", text: str, n_ctx: int) -> "Evaluation":

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from cli.screen import is_terminal, note, one_line, show_compiling, size
+from cli.text import read_text
 from llmq.errors import UsageError
 from llmq.store import NAME, make_private, model_path, models_dir
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
 
+    from quant.guide import Guides
     from quant.quantize import TensorReport
 
 Source = Annotated[
@@ -51,9 +53,40 @@ TensorType = Annotated[
 ]
 
 
-def quantize(source: Source, out: Out = None, preset: Type = "q4_k_m", tensor_type: TensorType = None) -> None:
+Calibrate = Annotated[
+    bool,
+    typer.Option("--calibrate", help="Run the model over a text first, to see which errors matter; takes minutes."),
+]
+Text = Annotated[
+    str | None,
+    typer.Option("--text", metavar="FILE", help="The text for --calibrate.  [default: one that comes with llmq]"),
+]
+Imatrix = Annotated[
+    Path | None,
+    typer.Option("--imatrix", metavar="FILE", help="Importance of columns, from llama-imatrix or --save-imatrix."),
+]
+SaveImatrix = Annotated[
+    Path | None,
+    typer.Option("--save-imatrix", metavar="FILE", help="Keep what --calibrate saw, for llama.cpp or another run."),
+]
+Fast = Annotated[bool, typer.Option("--fast", help="Search less: several times faster, a little more error.")]
+
+
+def quantize(
+    source: Source,
+    out: Out = None,
+    preset: Type = "q4_k_m",
+    tensor_type: TensorType = None,
+    calibrate: Calibrate = False,
+    text: Text = None,
+    imatrix: Imatrix = None,
+    save_imatrix: SaveImatrix = None,
+    fast: Fast = False,
+) -> None:
     """Make a GGUF file of a checkpoint, or a smaller one of a GGUF file."""
     from llmq.jit import compile_log
+    from quant.guide import Running
+    from quant.imatrix import write_imatrix
     from quant.quantize import quantize as quantize_tensors
     from quant.recipe import PRESETS, parse_override
 
@@ -64,16 +97,42 @@ def quantize(source: Source, out: Out = None, preset: Type = "q4_k_m", tensor_ty
     if out is None:
         out = default_out(source, preset)
     compile_log.listener = show_compiling
-    reports = cast("Generator[TensorReport]", quantize_tensors(source, out, preset, overrides=overrides))
+    guides, guided_by = open_guides(source, calibrate or text is not None, text, imatrix)
+    if save_imatrix and not isinstance(guides, Running):
+        raise UsageError("--save-imatrix keeps what a calibration saw; add --calibrate")
+    reports = cast(
+        "Generator[TensorReport]",
+        quantize_tensors(source, out, preset, overrides=overrides, guides=guides, guided_by=guided_by, fast=fast),
+    )
     try:
         with contextlib.closing(reports):
             show_reports(reports, f"{one_line(source.name, 40)} to {preset}")
     except (KeyboardInterrupt, SystemExit):
         note("stopped; the same command goes on from here")
         raise
+    if save_imatrix and isinstance(guides, Running):
+        write_imatrix(save_imatrix, guides.finish())
     name = out.stem if out.parent == models_dir() else str(out)
     note(f"{size(out.stat().st_size)} written; talk to it: llmq chat {one_line(name)}")
     sys.stdout.write(f"{one_line(str(out), 4096)}\n")
+
+
+def open_guides(source: Path, calibrate: bool, text: str | None, imatrix: Path | None) -> "tuple[Guides, str]":
+    """What tells the encoders which errors matter, and a name for it that another text or file does not have."""
+    from quant.calibration import DEFAULT_TEXT
+    from quant.guide import Running, digest, guides_of, no_guide
+    from quant.imatrix import read_imatrix
+    from quant.source import open_source
+
+    if calibrate and imatrix:
+        raise UsageError("--calibrate and --imatrix are two sources for one thing; give one of them")
+    if imatrix:
+        shapes = {weights.name: weights.shape for weights in open_source(source).weights}
+        return guides_of(read_imatrix(imatrix, shapes)), digest(imatrix.read_bytes())
+    if not calibrate:
+        return no_guide, ""
+    words = read_text(text or str(DEFAULT_TEXT))
+    return Running(source, words, Path(text or DEFAULT_TEXT).name), digest(words.encode())
 
 
 def default_out(source: Path, preset: str) -> Path:

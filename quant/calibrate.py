@@ -26,6 +26,8 @@ from quant.model import open_model
 
 # Every token has a hidden state in memory all the time: 2 GiB of them where a model is 4096 wide.
 MAX_TOKENS = 1 << 17
+# One chunk of so many is held out.
+HELD = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +35,8 @@ class LayerStatistics:
     """What the matrices of one layer read, by tensor name; the last of `total` is the output matrix.
 
     `moments` float32 [n_experts, n_cols / block, block, block]: the mean of x[i] * x[j] over an expert's tokens within
-    each block of columns, 0 for an expert that had none. Matrices that read the same thing share their arrays.
+    each block of columns, 0 for an expert that had none; `held` are the same of chunks kept apart, to measure on.
+    Matrices that read the same thing share their arrays.
     """
 
     index: int
@@ -42,14 +45,15 @@ class LayerStatistics:
     chunk_size: int
     inputs: dict[str, Inputs]
     moments: dict[str, np.ndarray]
+    held: dict[str, np.ndarray]
 
 
 def calibrate(src: Path, text: str, *, threads: int | None = None, block: int = 0) -> Iterator[LayerStatistics]:
     """Run `src`, a checkpoint folder or a GGUF file, over `text`; yields layer by layer, then the output matrix.
 
     `block` > 0 asks for moments too, within blocks of so many columns; narrower matrices are one block, and where it
-    does not divide the width it is their greatest common divisor. What comes out does not depend on `threads`
-    (default: one per physical core).
+    does not divide the width it is their greatest common divisor. Every fifth chunk is held out of them. What comes
+    out does not depend on `threads` (default: one per physical core).
 
     Raises UsageError (a text that is empty or too long), FileFormatError and UnsupportedError (the source).
     """
@@ -63,8 +67,8 @@ def calibrate(src: Path, text: str, *, threads: int | None = None, block: int = 
         for i in range(config.n_layers):
             model.prepare(i)
             sums = {what: _Sums(names, shapes, block) for what, names in _readers(config, i).items()}
-            for chunk, x in zip(chunks, hidden, strict=True):
-                _run_layer(engine, i, chunk, ring, x, sums)
+            for place, (chunk, x) in enumerate(zip(chunks, hidden, strict=True)):
+                _run_layer(engine, i, chunk, ring, x, sums, held=_is_held(place))
             if not all(np.isfinite(x).all() for x in hidden):
                 raise FileFormatError(
                     f"layer {i} of {quoted(gguf.path.name)} gives values that are not finite: its weights are damaged; "
@@ -73,8 +77,8 @@ def calibrate(src: Path, text: str, *, threads: int | None = None, block: int = 
             model.release()
             yield _statistics(i, config, chunks, sums.values())
     output = _Sums(("token_embd.weight" if config.tied_embeddings else "output.weight",), shapes, block)
-    for x in hidden:
-        output.add(0, _rms_norm(x, gguf, "output_norm.weight", config.rms_eps))
+    for place, x in enumerate(hidden):
+        output.add(0, _rms_norm(x, gguf, "output_norm.weight", config.rms_eps), held=_is_held(place))
     yield _statistics(config.n_layers, config, chunks, [output])
 
 
@@ -111,26 +115,32 @@ def _readers(config: ModelConfig, i: int) -> dict[str, tuple[str, ...]]:
 
 # What is not finite is found after the layer.
 @np.errstate(over="ignore", invalid="ignore")
-def _run_layer(engine: Engine, i: int, chunk: list[int], ring: KVRing, x: np.ndarray, sums: dict[str, "_Sums"]) -> None:
+def _run_layer(
+    engine: Engine, i: int, chunk: list[int], ring: KVRing, x: np.ndarray, sums: dict[str, "_Sums"], *, held: bool
+) -> None:
     """One chunk through layer i: hidden states x [n, dim] become those after it, and what matrices read is added."""
     gguf, config = engine.plan.gguf, engine.config
     state = engine.embed(chunk, range(len(chunk)), [ring] * len(chunk))
     if i > 0:
         state[:] = x
-    sums["attn_normed"].add(0, _rms_norm(state, gguf, f"blk.{i}.attn_norm.weight", config.rms_eps))
+    sums["attn_normed"].add(0, _rms_norm(state, gguf, f"blk.{i}.attn_norm.weight", config.rms_eps), held=held)
     inputs = engine.run_layer(i)
     x[:] = state
-    sums["attended"].add(0, inputs.attended)
+    sums["attended"].add(0, inputs.attended, held=held)
     for expert, (start, stop) in enumerate(itertools.pairwise(inputs.starts)):
         if start < stop:
-            sums["ffn_normed"].add(expert, inputs.normed[inputs.entries[start:stop]])
-            sums["hidden"].add(expert, inputs.hidden[start:stop])
+            sums["ffn_normed"].add(expert, inputs.normed[inputs.entries[start:stop]], held=held)
+            sums["hidden"].add(expert, inputs.hidden[start:stop], held=held)
 
 
 def _rms_norm(x: np.ndarray, gguf: GGUF, weight: str, eps: float) -> np.ndarray:
     """float32 [n, dim] of x [n, dim], which the engine prepares for its kernels without leaving it as floats."""
     mean = np.square(x, dtype=np.float64).mean(axis=1, keepdims=True)
     return (x / np.sqrt(mean + eps)).astype(np.float32) * gguf.data(weight).view(np.float32)
+
+
+def _is_held(place: int) -> bool:
+    return place % HELD == HELD - 1
 
 
 class _Sums:
@@ -140,35 +150,38 @@ class _Sums:
         shape = shapes[names[0]]
         n_experts, n_cols = shape[0] if len(shape) == 3 else 1, shape[-1]
         self.names = names
-        self.counts = np.zeros(n_experts, np.int64)
+        self.counts = np.zeros((2, n_experts), np.int64)
         self.squares = np.zeros((n_experts, n_cols))
         size = n_cols if block > n_cols else math.gcd(block, n_cols)
-        self.products = np.zeros((n_experts, n_cols // size, size, size)) if block else None
+        self.products = np.zeros((2, n_experts, n_cols // size, size, size)) if block else None
 
-    def add(self, expert: int, x: np.ndarray) -> None:
+    def add(self, expert: int, x: np.ndarray, *, held: bool) -> None:
         """Rows [n, n_cols] that an expert reads."""
-        self.counts[expert] += len(x)
+        self.counts[int(held), expert] += len(x)
         self.squares[expert] += np.square(x, dtype=np.float64).sum(axis=0)
         if self.products is not None:
-            blocks = x.reshape(len(x), *self.products.shape[1:3])
+            blocks = x.reshape(len(x), *self.products.shape[2:4])
             # BLAS has its own threads, as many whatever llmq is told; each element is summed by one of them.
-            self.products[expert] += np.matmul(blocks.transpose(1, 2, 0), blocks.transpose(1, 0, 2))
+            self.products[int(held), expert] += np.matmul(blocks.transpose(1, 2, 0), blocks.transpose(1, 0, 2))
 
     def inputs(self) -> Inputs:
-        return Inputs(self.squares.astype(np.float32), self.counts)
+        return Inputs(self.squares.astype(np.float32), self.counts.sum(axis=0))
 
     def moments(self) -> np.ndarray | None:
+        """Those used and those held: float32 [2, n_experts, n_blocks, size, size]."""
         if self.products is None:
             return None
-        return (self.products / np.maximum(self.counts, 1)[:, None, None, None]).astype(np.float32)
+        return (self.products / np.maximum(self.counts, 1)[..., None, None, None]).astype(np.float32)
 
 
 def _statistics(index: int, config: ModelConfig, chunks: list[list[int]], sums: Iterable[_Sums]) -> LayerStatistics:
     inputs: dict[str, Inputs] = {}
     moments: dict[str, np.ndarray] = {}
+    held: dict[str, np.ndarray] = {}
     for each in sums:
         inputs |= dict.fromkeys(each.names, each.inputs())
         found = each.moments()
         if found is not None:
-            moments |= dict.fromkeys(each.names, found)
-    return LayerStatistics(index, config.n_layers + 1, len(chunks), len(chunks[0]), inputs, moments)
+            moments |= dict.fromkeys(each.names, found[0])
+            held |= dict.fromkeys(each.names, found[1])
+    return LayerStatistics(index, config.n_layers + 1, len(chunks), len(chunks[0]), inputs, moments, held)

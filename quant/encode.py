@@ -70,6 +70,10 @@ def encode(
     return pack(fmt, blocks_of(grid, found)).reshape(rows.shape[0], -1)
 
 
+def takes_feedback(fmt: Format) -> bool:
+    return fmt in GRIDS
+
+
 def check_range(name: str, fmt: Format, rows: np.ndarray) -> None:
     """Raises FileFormatError where weights are not finite, UnsupportedError where one is too large for the format."""
     largest = max(float(rows.max()), -float(rows.min()))

@@ -175,3 +175,9 @@ def round_rows(grid: Grid, rows: np.ndarray, params: np.ndarray, feedback: Feedb
         feedback.around.ctypes.data, n_rows, n_cols, grid.size, SWEEPS, *grid.levels, grid.spacing == TABLE,
     )  # fmt: skip
     return levels
+
+
+def weighted_error(errors: np.ndarray, moments: np.ndarray) -> float:
+    """Sum over rows of e^T H e, for errors float32 [n, n_cols] and moments [n_cols / 256, 256, 256]."""
+    blocks = errors.reshape(len(errors), -1, BLOCK).swapaxes(0, 1)
+    return float(((blocks @ moments) * blocks).sum(dtype=np.float64))

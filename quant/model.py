@@ -35,7 +35,7 @@ def open_model(path: Path) -> SourceModel:
     """
     if not path.is_dir():
         gguf = open_gguf(path)
-        model = SourceModel(gguf, read_config(gguf), lambda _: None, lambda: None)
+        model = SourceModel(gguf, read_config(gguf), lambda _: None, gguf.release)
     else:
         file = CheckpointFile(path)
         # Rotary pairs are half a head apart in a checkpoint; only GGUF's llama architecture reorders them.
@@ -52,7 +52,7 @@ class CheckpointFile(GGUF):
     stack_experts copies those of one layer together, to where all layers have theirs. Norms and routers are F32 copies.
     """
 
-    __slots__ = ("_parts", "_rows", "release")
+    __slots__ = ("_checkpoint", "_parts", "_rows")
 
     def __init__(self, folder: Path) -> None:
         checkpoint = open_checkpoint(folder)
@@ -61,7 +61,7 @@ class CheckpointFile(GGUF):
         entries = list(tensor_map(config))
         check_checkpoint(entries, config, checkpoint.tensors)
         vocab, _path = vocab_metadata(checkpoint, config.vocab_size)
-        self.release = checkpoint.release
+        self._checkpoint = checkpoint
         self._parts = {entry.name: [checkpoint.tensors[source] for source in entry.sources] for entry in entries}
         infos = {entry.name: _info(entry, self._parts[entry.name]) for entry in entries}
         super().__init__(folder, model_metadata(config) | vocab, infos, None)
@@ -70,6 +70,9 @@ class CheckpointFile(GGUF):
 
     def data(self, name: str) -> np.ndarray:
         return self._rows[name]
+
+    def release(self) -> None:
+        self._checkpoint.release()
 
     def stack_experts(self, layer: int) -> None:
         """Brings the experts of one layer together; those of the layer before are gone."""

@@ -1,5 +1,6 @@
 """The quantizer: every tensor of a source, a few rows at a time, through recipe and encoder into one GGUF file."""
 
+import functools
 import json
 import math
 import os
@@ -15,11 +16,13 @@ import numpy as np
 import psutil
 
 from llmq.errors import ResourceError, UsageError
-from llmq.formats import Format
+from llmq.formats import Format, dequantize
 from llmq.gguf import GGUFWriter, TensorSpec, quoted
 from llmq.jit import source_stamp
 from llmq.part import Note, explained, part_paths
-from quant.encode import check_range, encode, squared_error
+from quant.encode import FAST, ROUNDS, check_range, encode, squared_error, takes_feedback
+from quant.feedback import weighted_error
+from quant.guide import Guide, Guides, no_guide
 from quant.recipe import PRESETS, Override, assign
 from quant.source import Source, Weights, open_source
 
@@ -32,6 +35,7 @@ MEASURED_CHUNKS = 8
 # After this many chunks the source's pages are let go.
 RELEASED_CHUNKS = 64
 QUANTIZATION_VERSION = 2
+MOST_LAYERS = 1 << 32
 
 # Memory: of a process that has compiled every encoder, of a weight that is being encoded, of a token in the metadata.
 BASE_BYTES = 350 << 20
@@ -66,6 +70,8 @@ class _Chunk:
     start: int
     stop: int
     measured: bool
+    guide: Guide | None
+    rounds: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +82,15 @@ class _Encoded:
 
 
 def quantize(
-    src: Path, out: Path, preset: str, *, threads: int | None = None, overrides: Sequence[Override] = ()
+    src: Path,
+    out: Path,
+    preset: str,
+    *,
+    threads: int | None = None,
+    overrides: Sequence[Override] = (),
+    guides: Guides = no_guide,
+    guided_by: str = "",
+    fast: bool = False,
 ) -> Iterator[TensorReport]:
     """Write `src`, a checkpoint folder or a GGUF file, as the GGUF file `out`; yields a report after each tensor.
 
@@ -84,7 +98,8 @@ def quantize(
     finished stays in `<out>.part`, and the next call of the same kind goes on from there; an error of the source
     removes it. The bytes depend neither on that nor on `threads` (default: one per available processor). A tensor that
     already has the wanted format is copied. `overrides` give the tensors that they match another format than the
-    preset does.
+    preset does. `guides` tell what is known of the tensors' inputs, and `guided_by` names that knowledge: another name
+    starts an interrupted run over. `fast` leaves out the joint fit of scales.
 
     Raises UsageError (unknown preset; an override that fits no tensor; `out` is a source, a folder, no regular file, or
     being written), ResourceError (disk space, memory), FileFormatError and UnsupportedError (the source).
@@ -93,17 +108,27 @@ def quantize(
         raise UsageError(f"there is no type {quoted(preset)}; choose from {', '.join(PRESETS)}")
     source = open_source(src)
     out = _check_target(out, source.files)
-    shapes = {weights.name: weights.shape for weights in source.weights}
-    formats = assign(PRESETS[preset], shapes, overrides=overrides)
-    specs = [TensorSpec(weights.name, weights.shape, formats[weights.name]) for weights in source.weights]
+    tensors = sorted(source.weights, key=_place)
+    shapes = {weights.name: weights.shape for weights in tensors}
+    formats = assign(PRESETS[preset], shapes, overrides=overrides, calibrated=guides is not no_guide)
+    specs = [TensorSpec(weights.name, weights.shape, formats[weights.name]) for weights in tensors]
     metadata = source.metadata | {
         "general.file_type": PRESETS[preset].file_type,
         "general.quantization_version": QUANTIZATION_VERSION,
     }
     n_threads = threads or _available()
     check_memory(source, n_threads)
-    with ThreadPoolExecutor(n_threads) as pool, GGUFWriter(out, metadata, specs, _job(source, preset)) as writer:
-        yield from _write(source, specs, writer, pool, n_threads)
+    job = _job(source, preset, guided_by, str(fast))
+    plan = list(zip(tensors, specs, strict=True))
+    with ThreadPoolExecutor(n_threads) as pool, GGUFWriter(out, metadata, specs, job) as writer:
+        run = functools.partial(in_order, pool, _encode, ahead=2 * n_threads)
+        yield from _write(plan, writer, run, guides, FAST if fast else ROUNDS, source.release)
+
+
+def _place(weights: Weights) -> int:
+    """Layers in their order, then the rest: in the order in which a run of the model tells of them."""
+    parts = weights.name.split(".")
+    return int(parts[1]) if parts[0] == "blk" else MOST_LAYERS
 
 
 def _job(source: Source, *settings: str) -> str:
@@ -113,26 +138,31 @@ def _job(source: Source, *settings: str) -> str:
 
 
 def _write(
-    source: Source, specs: list[TensorSpec], writer: GGUFWriter, pool: ThreadPoolExecutor, n_threads: int
+    tensors: list[tuple[Weights, TensorSpec]],
+    writer: GGUFWriter,
+    run: Callable[[Iterator[_Chunk]], Iterator[_Encoded]],
+    guides: Guides,
+    rounds: int,
+    release: Callable[[], None],
 ) -> Iterator[TensorReport]:
-    tensors = list(zip(source.weights, specs, strict=True))
     done = 0
     while done < len(tensors) and (note := writer.take_over()) is not None:
         yield _report(tensors, done, note, resumed=True)
         done += 1
-    chunks = [_chunks(weights, spec.format) for weights, spec in tensors[done:]]
-    results = in_order(pool, _encode, (chunk for group in chunks for chunk in group), 2 * n_threads)
+    # Made as they are asked for: guides of a later layer come from running the model that far.
+    chunks = (chunk for weights, spec in tensors[done:] for chunk in _chunks(weights, spec.format, guides, rounds))
+    results = run(chunks)
     n_written = 0
-    for index, group in enumerate(chunks, done):
+    for index in range(done, len(tensors)):
         error = size = 0.0
-        for _chunk in group:
+        for _ in _starts(tensors[index][0]):
             result = next(results)
-            writer.write(specs[index].name, result.packed)
+            writer.write(tensors[index][1].name, result.packed)
             error += result.squared_error
             size += result.squared_size
             n_written += 1
             if n_written % RELEASED_CHUNKS == 0:
-                source.release()
+                release()
         note = {"rms_error": math.sqrt(error / size) if size else 0.0}
         writer.record(note)
         yield _report(tensors, index, note, resumed=False)
@@ -145,13 +175,21 @@ def _report(tensors: list[tuple[Weights, TensorSpec]], index: int, note: Note, *
     )
 
 
-def _chunks(weights: Weights, fmt: Format) -> list[_Chunk]:
+def _starts(weights: Weights) -> list[tuple[int, int]]:
+    """Ranges of rows that are encoded together, within one expert each."""
+    per_expert = weights.shape[-2] if len(weights.shape) > 1 else 1
     step = max(1, CHUNK // weights.shape[-1])
-    starts = range(0, weights.n_rows, step)
+    ends = (min(at + step, per_expert) for at in range(0, per_expert, step))
+    ranges = list(zip(range(0, per_expert, step), ends, strict=True))
+    return [(first + a, first + b) for first in range(0, weights.n_rows, per_expert) for a, b in ranges]
+
+
+def _chunks(weights: Weights, fmt: Format, guides: Guides, rounds: int) -> Iterator[_Chunk]:
+    starts = _starts(weights)
     every = max(1, len(starts) // MEASURED_CHUNKS)
-    return [
-        _Chunk(weights, fmt, start, min(start + step, weights.n_rows), i % every == 0) for i, start in enumerate(starts)
-    ]
+    guide = guides(weights.name)
+    for i, (start, stop) in enumerate(starts):
+        yield _Chunk(weights, fmt, start, stop, i % every == 0, guide, rounds)
 
 
 def _encode(chunk: _Chunk) -> _Encoded:
@@ -161,13 +199,28 @@ def _encode(chunk: _Chunk) -> _Encoded:
     if weights.packed and weights.source == fmt.name:
         packed = weights.packed(chunk.start, chunk.stop)
     else:
-        packed = encode(fmt, rows)
+        packed = _guided(chunk, rows)
     off, size = squared_error(fmt, rows, packed) if chunk.measured else (0.0, 0.0)
     return _Encoded(packed, off, size)
 
 
+def _guided(chunk: _Chunk, rows: np.ndarray) -> np.ndarray:
+    """With feedback where that is better on text held out, by the error of the products."""
+    fmt, guide = chunk.format, chunk.guide
+    if guide is None:
+        return encode(fmt, rows, rounds=chunk.rounds)
+    expert = chunk.start // chunk.weights.shape[-2]
+    alone = encode(fmt, rows, guide.importance[expert], rounds=chunk.rounds)
+    if not guide.feedback or not takes_feedback(fmt):
+        return alone
+    assert guide.held is not None
+    together = encode(fmt, rows, feedback=guide.feedback[expert], rounds=chunk.rounds)
+    errors = [weighted_error(dequantize(fmt, each) - rows, guide.held[expert]) for each in (together, alone)]
+    return together if errors[0] < errors[1] else alone
+
+
 def in_order(
-    pool: ThreadPoolExecutor, function: Callable[[Job], Result], jobs: Iterator[Job], ahead: int
+    pool: ThreadPoolExecutor, function: Callable[[Job], Result], jobs: Iterator[Job], *, ahead: int
 ) -> Iterator[Result]:
     """Results in the order of the jobs, of which at most `ahead` wait or run beyond the one handed out."""
     waiting: deque[Future[Result]] = deque()

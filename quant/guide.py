@@ -1,0 +1,94 @@
+"""What an encoder is told about the inputs of a tensor: which columns matter, and how their errors add up."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from quant.calibrate import LayerStatistics, calibrate
+from quant.calibration import BORROWED_TOKENS, Calibration
+from quant.feedback import BLOCK, Feedback, prepare
+
+
+@dataclass(frozen=True, slots=True)
+class Guide:
+    """For each expert of a tensor (a dense one has one): `importance` float32 [n_experts, n_cols], and, where the
+    model was run, what rounding with feedback needs and moments of text held out, [n_cols / 256, 256, 256], to tell
+    whether that is better.
+    """
+
+    importance: np.ndarray
+    feedback: tuple[Feedback, ...] = ()
+    held: np.ndarray | None = None
+
+
+# By tensor name, asked in the order of the layers; None for a tensor of which nothing is known.
+Guides = Callable[[str], Guide | None]
+
+
+def no_guide(name: str) -> None:  # noqa: ARG001
+    return None
+
+
+def guides_of(calibration: Calibration) -> Guides:
+    """From importance alone, such as another program's file has."""
+    return lambda name: Guide(calibration.importance(name)) if name in calibration.inputs else None
+
+
+class Running:
+    """Guides from a run of the model, made layer by layer as they are asked for; only one layer's are in memory.
+
+    `calibration` has what the run gathered so far, without moments.
+    """
+
+    def __init__(self, src: Path, text: str, dataset: str, threads: int | None = None) -> None:
+        self._layers: Iterator[LayerStatistics] = calibrate(src, text, threads=threads, block=BLOCK)
+        self._guides: dict[str, Guide] = {}
+        self.calibration = Calibration({}, dataset, 0, 0)
+
+    def __call__(self, name: str) -> Guide | None:
+        if name.endswith(("_norm.weight", "ffn_gate_inp.weight")):
+            return None
+        while name not in self.calibration.inputs:
+            layer = next(self._layers, None)
+            if layer is None:
+                return None
+            self._take(layer)
+        return self._guides.get(name)
+
+    def finish(self) -> Calibration:
+        """Runs what was not asked for yet, and tells what all matrices read."""
+        for layer in self._layers:
+            self._take(layer)
+        return self.calibration
+
+    def _take(self, layer: LayerStatistics) -> None:
+        known = self.calibration
+        self.calibration = Calibration(known.inputs | layer.inputs, known.dataset, layer.n_chunks, layer.chunk_size)
+        shared: dict[int, Guide] = {}
+        for name, moments in layer.moments.items():
+            if id(moments) not in shared:
+                shared[id(moments)] = self._guide(name, moments, layer.held[name])
+        self._guides = {name: shared[id(moments)] for name, moments in layer.moments.items()}
+
+    def _guide(self, name: str, moments: np.ndarray, held: np.ndarray) -> Guide:
+        importance = self.calibration.importance(name)
+        if moments.shape[-1] != BLOCK:
+            return Guide(importance)
+        blended = blend(moments, self.calibration.inputs[name].counts)
+        return Guide(importance, tuple(prepare(each) for each in blended), held)
+
+
+def blend(moments: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Moments [n_experts, ...] of which an expert with few tokens borrows from the mean of all, as importance does."""
+    if len(moments) == 1 or not counts.any():
+        return moments
+    shares = counts.reshape(-1, 1, 1, 1).astype(np.float64)
+    mean = (moments * shares).sum(axis=0) / shares.sum()
+    return (moments * shares + BORROWED_TOKENS * mean) / (shares + BORROWED_TOKENS)
+
+
+def digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
