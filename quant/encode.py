@@ -7,8 +7,9 @@ import numpy as np
 from llmq.errors import FileFormatError, UnsupportedError
 from llmq.formats import BF16, F16, F32, Q8_0, Format, dequantize, row_bytes
 from quant.encode_q8_0 import encode_q8_0
-from quant.feedback import Feedback, round_rows
+from quant.feedback import Feedback, round_rows, weighted_error
 from quant.grid import GRIDS
+from quant.guide import Guide
 from quant.pack import pack
 from quant.search import Found, blocks_of, search
 
@@ -70,8 +71,19 @@ def encode(
     return pack(fmt, blocks_of(grid, found)).reshape(rows.shape[0], -1)
 
 
-def takes_feedback(fmt: Format) -> bool:
-    return fmt in GRIDS
+def encode_guided(
+    fmt: Format, rows: np.ndarray, guide: Guide | None, expert: int, *, rounds: int = ROUNDS
+) -> np.ndarray:
+    """encode() by what is known of an expert's inputs; with feedback where that is better on text held out."""
+    if guide is None:
+        return encode(fmt, rows, rounds=rounds)
+    alone = encode(fmt, rows, guide.importance[expert], rounds=rounds)
+    if not guide.feedback or fmt not in GRIDS:
+        return alone
+    assert guide.held is not None
+    together = encode(fmt, rows, feedback=guide.feedback[expert], rounds=rounds)
+    errors = [weighted_error(dequantize(fmt, each) - rows, guide.held[expert]) for each in (together, alone)]
+    return together if errors[0] < errors[1] else alone
 
 
 def check_range(name: str, fmt: Format, rows: np.ndarray) -> None:

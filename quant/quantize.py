@@ -6,7 +6,7 @@ import math
 import os
 import stat
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +16,14 @@ import numpy as np
 import psutil
 
 from llmq.errors import ResourceError, UsageError
-from llmq.formats import Format, dequantize
+from llmq.formats import Format
 from llmq.gguf import GGUFWriter, TensorSpec, quoted
 from llmq.jit import source_stamp
 from llmq.part import Note, explained, part_paths
-from quant.encode import FAST, ROUNDS, check_range, encode, squared_error, takes_feedback
-from quant.feedback import weighted_error
+from quant.encode import FAST, ROUNDS, check_range, encode_guided, squared_error
 from quant.guide import Guide, Guides, no_guide
 from quant.recipe import PRESETS, Override, assign
-from quant.source import Source, Weights, open_source
+from quant.source import Source, Weights, in_layer_order, open_source
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -35,7 +34,6 @@ MEASURED_CHUNKS = 8
 # After this many chunks the source's pages are let go.
 RELEASED_CHUNKS = 64
 QUANTIZATION_VERSION = 2
-MOST_LAYERS = 1 << 32
 
 # Memory: of a process that has compiled every encoder, of a weight that is being encoded, of a token in the metadata.
 BASE_BYTES = 350 << 20
@@ -91,6 +89,7 @@ def quantize(
     guides: Guides = no_guide,
     guided_by: str = "",
     fast: bool = False,
+    mix: Mapping[str, Format] | None = None,
 ) -> Iterator[TensorReport]:
     """Write `src`, a checkpoint folder or a GGUF file, as the GGUF file `out`; yields a report after each tensor.
 
@@ -99,7 +98,8 @@ def quantize(
     removes it. The bytes depend neither on that nor on `threads` (default: one per available processor). A tensor that
     already has the wanted format is copied. `overrides` give the tensors that they match another format than the
     preset does. `guides` tell what is known of the tensors' inputs, and `guided_by` names that knowledge: another name
-    starts an interrupted run over. `fast` leaves out the joint fit of scales.
+    starts an interrupted run over. `fast` leaves out the joint fit of scales. `mix` gives the formats of matrices in
+    place of preset and overrides.
 
     Raises UsageError (unknown preset; an override that fits no tensor; `out` is a source, a folder, no regular file, or
     being written), ResourceError (disk space, memory), FileFormatError and UnsupportedError (the source).
@@ -108,9 +108,10 @@ def quantize(
         raise UsageError(f"there is no type {quoted(preset)}; choose from {', '.join(PRESETS)}")
     source = open_source(src)
     out = _check_target(out, source.files)
-    tensors = sorted(source.weights, key=_place)
+    tensors = in_layer_order(source.weights)
     shapes = {weights.name: weights.shape for weights in tensors}
     formats = assign(PRESETS[preset], shapes, overrides=overrides, calibrated=guides is not no_guide)
+    formats |= mix or {}
     specs = [TensorSpec(weights.name, weights.shape, formats[weights.name]) for weights in tensors]
     metadata = source.metadata | {
         "general.file_type": PRESETS[preset].file_type,
@@ -123,12 +124,6 @@ def quantize(
     with ThreadPoolExecutor(n_threads) as pool, GGUFWriter(out, metadata, specs, job) as writer:
         run = functools.partial(in_order, pool, _encode, ahead=2 * n_threads)
         yield from _write(plan, writer, run, guides, FAST if fast else ROUNDS, source.release)
-
-
-def _place(weights: Weights) -> int:
-    """Layers in their order, then the rest: in the order in which a run of the model tells of them."""
-    parts = weights.name.split(".")
-    return int(parts[1]) if parts[0] == "blk" else MOST_LAYERS
 
 
 def _job(source: Source, *settings: str) -> str:
@@ -199,24 +194,10 @@ def _encode(chunk: _Chunk) -> _Encoded:
     if weights.packed and weights.source == fmt.name:
         packed = weights.packed(chunk.start, chunk.stop)
     else:
-        packed = _guided(chunk, rows)
+        expert = chunk.start // weights.shape[-2] if len(weights.shape) > 1 else 0
+        packed = encode_guided(fmt, rows, chunk.guide, expert, rounds=chunk.rounds)
     off, size = squared_error(fmt, rows, packed) if chunk.measured else (0.0, 0.0)
     return _Encoded(packed, off, size)
-
-
-def _guided(chunk: _Chunk, rows: np.ndarray) -> np.ndarray:
-    """With feedback where that is better on text held out, by the error of the products."""
-    fmt, guide = chunk.format, chunk.guide
-    if guide is None:
-        return encode(fmt, rows, rounds=chunk.rounds)
-    expert = chunk.start // chunk.weights.shape[-2]
-    alone = encode(fmt, rows, guide.importance[expert], rounds=chunk.rounds)
-    if not guide.feedback or not takes_feedback(fmt):
-        return alone
-    assert guide.held is not None
-    together = encode(fmt, rows, feedback=guide.feedback[expert], rounds=chunk.rounds)
-    errors = [weighted_error(dequantize(fmt, each) - rows, guide.held[expert]) for each in (together, alone)]
-    return together if errors[0] < errors[1] else alone
 
 
 def in_order(

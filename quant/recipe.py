@@ -173,7 +173,7 @@ def assign(
 
     Raises UsageError where an override is for no tensor that is quantized, or its format does not fit one's rows.
     """
-    quantized = [name for name, shape in shapes.items() if _is_quantized(name, shape)]
+    quantized = [name for name, shape in shapes.items() if takes_type(name, shape)]
     for pattern, _format in overrides:
         if not any(pattern.search(name) for name in quantized):
             raise UsageError(
@@ -182,12 +182,17 @@ def assign(
     model = _describe(shapes, calibrated)
     formats = dict.fromkeys(shapes, F32)
     for name in quantized:
-        chosen = next((fmt for pattern, fmt in overrides if pattern.search(name)), None)
+        chosen = override_of(name, overrides)
         formats[name] = _checked(name, shapes[name], chosen) if chosen else _mixed(preset, name, shapes[name], model)
     return formats
 
 
-def _is_quantized(name: str, shape: Shape) -> bool:
+def override_of(name: str, overrides: Sequence[Override]) -> Format | None:
+    return next((fmt for pattern, fmt in overrides if pattern.search(name)), None)
+
+
+def takes_type(name: str, shape: Shape) -> bool:
+    """Whether a tensor is quantized at all; norms and routers are not."""
     return len(shape) > 1 and not name.endswith(("_norm.weight", "ffn_gate_inp.weight"))
 
 

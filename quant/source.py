@@ -1,6 +1,6 @@
 """What is quantized: tensors of a checkpoint folder or a GGUF file under GGUF names, and the metadata to write."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from quant.checkpoint import Checkpoint, open_checkpoint
 from quant.names import Placement, check_tensors, interleaved, model_metadata, read_hf_config, tensor_map
 from quant.safetensors import Stored, to_float32
 from quant.vocab import vocab_metadata
+
+MOST_LAYERS = 1 << 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,16 @@ def open_source(path: Path) -> Source:
     if path.is_dir():
         return _from_checkpoint(open_checkpoint(path))
     return _from_gguf(open_gguf(path))
+
+
+def in_layer_order(weights: Sequence[Weights]) -> list[Weights]:
+    """Layers in their order, then the rest: in the order in which a run of the model tells of them."""
+    return sorted(weights, key=_layer)
+
+
+def _layer(weights: Weights) -> int:
+    parts = weights.name.split(".")
+    return int(parts[1]) if parts[0] == "blk" else MOST_LAYERS
 
 
 def _from_checkpoint(checkpoint: Checkpoint) -> Source:

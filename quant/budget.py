@@ -1,0 +1,74 @@
+"""A byte budget spent where it helps: a format for every tensor, so that together they do the least damage.
+
+Damage is the KL divergence that a tensor's error causes. Divergences of single tensors very nearly add up, so the best
+mix for a budget lies on each tensor's convex hull of bytes and damage: all steps along all hulls are sorted by damage
+saved for a byte, and taken while bytes are left. That is the Lagrangian solution, with the rest of the budget filled.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+
+from llmq.errors import UsageError
+from llmq.formats import Format
+
+_SIZE = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One format for a tensor: its bytes, and the divergence in nats that it causes."""
+
+    format: Format
+    n_bytes: int
+    damage: float
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as 4.1GB (1000s) or 3800MiB (1024s). Raises UsageError."""
+    match = _SIZE.fullmatch(text.strip())
+    if not match:
+        raise UsageError(f"{text[:40]!a} is not a size; give one like 4.1GB or 3800MiB")
+    base = 1024 if match[3] else 1000
+    return int(float(match[1]) * base ** " KMGT".index(match[2].upper() or " "))
+
+
+def allocate(options: Mapping[str, list[Option]], budget: int) -> dict[str, Format]:
+    """A format for every tensor with at most `budget` bytes together.
+
+    Raises UsageError where the smallest formats are more than that.
+    """
+    hulls = {name: hull(each) for name, each in options.items()}
+    chosen = {name: line[0] for name, line in hulls.items()}
+    left = budget - sum(option.n_bytes for option in chosen.values())
+    if left < 0:
+        raise UsageError(
+            f"the smallest mix of types is {(budget - left) / 1e6:.1f} MB and the budget {budget / 1e6:.1f} MB; "
+            "give a larger one"
+        )
+    steps = [(_saved(a, b), name, a, b) for name, line in hulls.items() for a, b in pairwise(line)]
+    # A hull's own steps come in its order, because each saves less for a byte than the one before.
+    for _rate, name, before, after in sorted(steps, key=lambda step: (-step[0], step[1], step[2].n_bytes)):
+        cost = after.n_bytes - before.n_bytes
+        if chosen[name] is before and cost <= left:
+            chosen[name] = after
+            left -= cost
+    return {name: option.format for name, option in chosen.items()}
+
+
+def hull(options: list[Option]) -> list[Option]:
+    """The options on the lower convex hull of bytes and damage, from the smallest to the least damaging."""
+    line: list[Option] = []
+    for option in sorted(options, key=lambda each: (each.n_bytes, each.damage)):
+        if line and option.damage >= line[-1].damage:
+            continue
+        while len(line) > 1 and _saved(line[-2], line[-1]) <= _saved(line[-1], option):
+            line.pop()
+        line.append(option)
+    return line
+
+
+def _saved(before: Option, after: Option) -> float:
+    """Damage saved for each byte more."""
+    return (before.damage - after.damage) / (after.n_bytes - before.n_bytes)
