@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
+from cli.mix import Bpw, Optimize, Size, checked_budget, choose_mix
 from cli.screen import is_terminal, note, one_line, show_compiling, size
 from cli.text import read_text
 from llmq.errors import UsageError
@@ -82,6 +83,9 @@ def quantize(
     imatrix: Imatrix = None,
     save_imatrix: SaveImatrix = None,
     fast: Fast = False,
+    optimize: Optimize = False,
+    file_size: Size = None,
+    bpw: Bpw = None,
 ) -> None:
     """Make a GGUF file of a checkpoint, or a smaller one of a GGUF file."""
     from llmq.jit import compile_log
@@ -94,16 +98,26 @@ def quantize(
     if preset not in PRESETS:
         raise UsageError(f"there is no type {preset[:40]!a}; there are {', '.join(PRESETS)}")
     overrides = [parse_override(text) for text in tensor_type or ()]
+    n_bytes = checked_budget(optimize, file_size, bpw)
     if out is None:
-        out = default_out(source, preset)
+        out = default_out(source, label(preset, optimize, file_size, bpw))
     compile_log.listener = show_compiling
-    guides, guided_by = open_guides(source, calibrate or text is not None, text, imatrix)
+    budgeted = optimize or n_bytes is not None or bpw is not None
+    words = calibration_text(text) if calibrate or text is not None or budgeted else None
+    # A text for the budget alone does not guide the encoders.
+    guide_words = words if calibrate or text is not None else None
+    guides, guided_by = open_guides(source, guide_words, text, imatrix)
     if save_imatrix and not isinstance(guides, Running):
         raise UsageError("--save-imatrix keeps what a calibration saw; add --calibrate")
-    reports = cast(
-        "Generator[TensorReport]",
-        quantize_tensors(source, out, preset, overrides=overrides, guides=guides, guided_by=guided_by, fast=fast),
+    mix = None
+    if words is not None and budgeted:
+        # Asked layer by layer, as the encoders will ask again.
+        asked, _ = open_guides(source, guide_words, text, imatrix)
+        mix, preset = choose_mix(source, preset, words, asked, overrides, file_size=n_bytes, bits=bpw)
+    quantized = quantize_tensors(
+        source, out, preset, overrides=overrides, guides=guides, guided_by=guided_by, fast=fast, mix=mix
     )
+    reports = cast("Generator[TensorReport]", quantized)
     try:
         with contextlib.closing(reports):
             show_reports(reports, f"{one_line(source.name, 40)} to {preset}")
@@ -117,21 +131,35 @@ def quantize(
     sys.stdout.write(f"{one_line(str(out), 4096)}\n")
 
 
-def open_guides(source: Path, calibrate: bool, text: str | None, imatrix: Path | None) -> "tuple[Guides, str]":
+def label(preset: str, optimize: bool, file_size: str | None, bpw: float | None) -> str:
+    """The end of the file's name."""
+    if file_size is not None:
+        return re.sub(r"\s", "", file_size).lower()
+    if bpw is not None:
+        return f"{bpw:g}bpw"
+    return f"{preset}-optimized" if optimize else preset
+
+
+def calibration_text(text: str | None) -> str:
+    from quant.calibration import DEFAULT_TEXT
+
+    return read_text(text or str(DEFAULT_TEXT))
+
+
+def open_guides(source: Path, words: str | None, text: str | None, imatrix: Path | None) -> "tuple[Guides, str]":
     """What tells the encoders which errors matter, and a name for it that another text or file does not have."""
     from quant.calibration import DEFAULT_TEXT
     from quant.guide import Running, digest, guides_of, no_guide
     from quant.imatrix import read_imatrix
     from quant.source import open_source
 
-    if calibrate and imatrix:
+    if words is not None and imatrix:
         raise UsageError("--calibrate and --imatrix are two sources for one thing; give one of them")
     if imatrix:
         shapes = {weights.name: weights.shape for weights in open_source(source).weights}
         return guides_of(read_imatrix(imatrix, shapes)), digest(imatrix.read_bytes())
-    if not calibrate:
+    if words is None:
         return no_guide, ""
-    words = read_text(text or str(DEFAULT_TEXT))
     return Running(source, words, Path(text or DEFAULT_TEXT).name), digest(words.encode())
 
 

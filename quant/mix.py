@@ -1,6 +1,8 @@
 """The mix of formats that a model's own sensitivity asks for, within a byte budget."""
 
+import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -21,18 +23,58 @@ from llmq.formats import (
     dequantize,
     row_bytes,
 )
+from llmq.gguf import GGUFWriter, TensorSpec
+from llmq.gguf_header import ALIGNMENT
 from quant.budget import Option, allocate
 from quant.encode import FAST, encode, encode_guided
 from quant.feedback import weighted_error
 from quant.guide import Guide, Guides, no_guide
-from quant.recipe import Override, override_of, takes_type
+from quant.recipe import PRESETS, Override, Shape, assign, override_of, takes_type
 from quant.sensitivity import probe_format
-from quant.source import Weights, in_layer_order
+from quant.source import Source, Weights, in_layer_order
 
 # What rows of whole blocks of 256 can be, and shorter ones; others at the same size are worse.
 WIDE = (Q2_K, Q3_K, IQ4_XS, Q4_K, Q5_K, Q6_K, Q8_0)
 NARROW = (IQ4_NL, Q5_0, Q5_1, Q8_0)
 SAMPLED_ROWS = 64
+# Room in the header for what is written about how the file was made.
+RECEIPT_BYTES = 8192
+
+
+def matrix_budget(source: Source, preset: str, *, size: int | None, bits: float | None, calibrated: bool) -> int:
+    """Bytes for all matrices together, so that the file has `size` bytes at most, or a weight `bits` bits, or that
+    there are as many as the preset takes. Raises UsageError for a size that has no room for what is not quantized.
+    """
+    shapes = {weights.name: weights.shape for weights in source.weights}
+    formats = assign(PRESETS[preset], shapes, calibrated=calibrated)
+    matrices = [name for name, shape in shapes.items() if takes_type(name, shape)]
+    if bits is not None:
+        return int(sum(math.prod(shapes[name]) for name in matrices) * bits / 8)
+    needed = {name: _padded(math.prod(shapes[name][:-1]), shapes[name][-1], formats[name]) for name in matrices}
+    if size is None:
+        return sum(needed.values())
+    specs = [TensorSpec(name, shape, formats[name]) for name, shape in shapes.items()]
+    whole = GGUFWriter(Path("unwritten"), source.metadata, specs).n_bytes
+    return size - (whole - sum(needed.values())) - RECEIPT_BYTES
+
+
+def nearest_preset(source: Source, mix: Mapping[str, Format]) -> str:
+    """The quantized preset whose matrices take most nearly as many bytes: how other programs will name the mix."""
+    shapes = {weights.name: weights.shape for weights in source.weights}
+    n_bytes = _total(shapes, mix)
+    presets = [name for name, preset in PRESETS.items() if preset.base.block_size > 1]
+    return min(presets, key=lambda name: abs(_total(shapes, assign(PRESETS[name], shapes)) - n_bytes))
+
+
+def _total(shapes: Mapping[str, Shape], formats: Mapping[str, Format]) -> int:
+    return sum(
+        TensorSpec(name, shape, formats[name]).n_bytes for name, shape in shapes.items() if takes_type(name, shape)
+    )
+
+
+def _padded(n_rows: int, n_cols: int, fmt: Format) -> int:
+    n_bytes = n_rows * row_bytes(fmt, n_cols)
+    return n_bytes + -n_bytes % ALIGNMENT
 
 
 def best_mix(
@@ -77,7 +119,7 @@ def _options(weights: Weights, formats: Sequence[Format], guide: Guide | None, s
             _error(rows, encode_guided(fmt, rows, guide, expert), fmt, guide, expert) for expert, rows in samples
         )
         damage = sensitivity * error / probed if probed else 0.0
-        options.append(Option(fmt, weights.n_rows * row_bytes(fmt, weights.shape[-1]), damage))
+        options.append(Option(fmt, _padded(weights.n_rows, weights.shape[-1], fmt), damage))
     return options
 
 
