@@ -21,6 +21,7 @@ from llmq.simd import (
     i8_of_i32x16,
     i32_of_f32x16,
     load_f32x16,
+    max_lanes_f32x16,
     round_f32x16,
     stack,
     store_f32x16,
@@ -49,6 +50,7 @@ from quant.lanes import (
 from quant.pack import Blocks
 
 LANES = 16
+SMALLEST_NORMAL_HALF = np.float32(2.0**-14)
 # Of the largest column's: where nothing counts, what is nearest to the weights is still the best.
 LEAST_IMPORTANCE = 2.0**-40
 # Bytes of d, dmin, scales and minima of 16 sub-blocks.
@@ -56,7 +58,7 @@ PARAMS = 4 * 64
 I64, F32 = types.int64, types.float32
 # Shares of the weights' squares. Where weights have few values, several scales fit exactly, and rounding must not
 # choose among them: sub-blocks with the same scale are what a block's integers hold best.
-EXACT_FIT, SAME_FIT = 2.0**-40, 2.0**-21
+EXACT_FIT, SAME_FIT = 2.0**-40, 2.0**-20
 
 
 @strict
@@ -278,6 +280,17 @@ def make_search(has_minima: bool, nearest: Callable[..., Any], name: str) -> Str
         return divide_or_zero(sum_wx, sum_w)
 
     @strict
+    def zero_if_better(x, w, size, n_sub, low, high, d, dmin, scales, minima):  # type: ignore[no-untyped-def]
+        """d and dmin, both 0 where that leaves less error, as it can where `d` is among the subnormal halves."""
+        zero, few_bits = splat(0), splat(SMALLEST_NORMAL_HALF)
+        if max_lanes_f32x16(zero - abs_f32x16(d)) <= -SMALLEST_NORMAL_HALF:
+            return d, dmin
+        off = group_sum(error(x, w, size, low, high, d * scales, dmin * minima), n_sub)
+        none = group_sum(error(x, w, size, low, high, zero, zero), n_sub)
+        none = where_less(abs_f32x16(d), few_bits, none, splat(np.inf))
+        return where_less(none, off, zero, d), where_less(none, off, zero, dmin)
+
+    @strict
     def set_levels(levels, x, size, low, high, params):  # type: ignore[no-untyped-def]
         """The levels of 16 sub-blocks, bytes, one sub-block after the other."""
         scale = load_f32x16(params) * load_f32x16(params + 128)
@@ -322,6 +335,7 @@ def make_search(has_minima: bool, nearest: Callable[..., Any], name: str) -> Str
             new_off = error(x, w, size, low, high, new_d * scales, new_dmin * minima)
             off, new_off = group_sum(off, n_sub), group_sum(new_off, n_sub)
             d, dmin = where_less(new_off, off, new_d, d), where_less(new_off, off, new_dmin, dmin)
+        d, dmin = zero_if_better(x, w, size, n_sub, low, high, d, dmin, scales, minima)
         store_f32x16(params, d)
         store_f32x16(params + 64, dmin)
         store_f32x16(params + 128, scales)
