@@ -21,6 +21,7 @@ from llmq.simd import (
     i8_of_i32x16,
     i32_of_f32x16,
     load_f32x16,
+    max_lanes_f32x16,
     round_f32x16,
     stack,
     store_f32x16,
@@ -49,9 +50,15 @@ from quant.lanes import (
 from quant.pack import Blocks
 
 LANES = 16
+SMALLEST_NORMAL_HALF = np.float32(2.0**-14)
+# Of the largest column's: where nothing counts, what is nearest to the weights is still the best.
+LEAST_IMPORTANCE = 2.0**-40
 # Bytes of d, dmin, scales and minima of 16 sub-blocks.
 PARAMS = 4 * 64
 I64, F32 = types.int64, types.float32
+# Shares of the weights' squares. Where weights have few values, several scales fit exactly, and rounding must not
+# choose among them: sub-blocks with the same scale are what a block's integers hold best.
+EXACT_FIT, SAME_FIT = 2.0**-40, 2.0**-20
 
 
 @strict
@@ -126,11 +133,12 @@ def make_search(has_minima: bool, nearest: Callable[..., Any], name: str) -> Str
         """Scale and minimum per lane, from the levels of `tries` inverse scales (first + k * step) / span."""
         zero = splat(0)
         least, most = load_f32x16(x), load_f32x16(x)
-        sum_w, sum_wx = zero, zero
+        sum_w, sum_wx, sum_wxx = zero, zero, zero
         for i in range(0, 64 * size, 64):
             value, weight = load_f32x16(x + i), load_f32x16(w + i)
             least, most = smaller(least, value), larger(most, value)
             sum_w, sum_wx = sum_w + weight, sum_wx + weight * value
+            sum_wxx = sum_wxx + weight * (value * value)
         if free == 0:
             least = smaller(least, zero)
         span = most - least
@@ -153,9 +161,10 @@ def make_search(has_minima: bool, nearest: Callable[..., Any], name: str) -> Str
                 new_minimum = larger(new_minimum, zero)
             new_error = error(x, w, size, low, high, new_scale, new_minimum)
             new_error = where_less(zero, determinant, new_error, splat(np.inf))
-            scale = where_less(new_error, best, new_scale, scale)
-            minimum = where_less(new_error, best, new_minimum, minimum)
-            best = smaller(new_error, best)
+            enough = best - sum_wxx * splat(EXACT_FIT)
+            scale = where_less(new_error, enough, new_scale, scale)
+            minimum = where_less(new_error, enough, new_minimum, minimum)
+            best = where_less(new_error, enough, new_error, best)
         return scale, minimum
 
     @strict
@@ -178,9 +187,10 @@ def make_search(has_minima: bool, nearest: Callable[..., Any], name: str) -> Str
                 weighted = load_f32x16(w + i) * level
                 sum_qq, sum_qx = sum_qq + weighted * level, sum_qx + weighted * value
             new_scale = divide_or_zero(sum_qx, sum_qq)
-            better = new_scale * sum_qx
-            scale = where_less(best, better, new_scale, scale)
-            best = larger(best, better)
+            fitted = new_scale * sum_qx
+            enough = best * splat(1 + SAME_FIT)
+            scale = where_less(enough, fitted, new_scale, scale)
+            best = where_less(enough, fitted, fitted, best)
         return scale
 
     @strict
@@ -191,11 +201,30 @@ def make_search(has_minima: bool, nearest: Callable[..., Any], name: str) -> Str
         zero = splat(0)
         up, down = group_largest(values, n_sub), group_largest(zero - values, n_sub)
         count = most if least == 0 else -least
-        unit = half_unit(larger(up, down), count)
+        reach = larger(up, down)
         if least < 0:
-            # The farthest value becomes the lowest integer, which reaches farther than the highest.
+            # The farthest value becomes the lowest integer, which reaches farther than the highest: so must the unit,
+            # where the farthest on the other side is nearly as far.
+            reach = larger(reach, smaller(up, down) * splat(count / most))
+        unit = half_unit(reach, count)
+        if least < 0:
             unit = where_less(down, up, zero - unit, unit)
         return unit, clamp(round_f32x16(divide_or_zero(values, unit)), least, most)
+
+    @strict
+    def widen(x, w, size, n_sub, low, high, scale, d, dmin, minima, least, most):  # type: ignore[no-untyped-def]
+        """The best of `d` and slightly larger half floats, and its integers: scales that hardly differ would all lie
+        between the two highest integers of `d`."""
+        scales = clamp(round_f32x16(divide_or_zero(scale, d)), least, most)
+        best = group_sum(error(x, w, size, low, high, d * scales, dmin * minima), n_sub)
+        new_d, new_scales = d, scales
+        for k in range(1, 4):
+            wider = as_half(d * splat(1 + 0.025 * k))
+            scales = clamp(round_f32x16(divide_or_zero(scale, wider)), least, most)
+            off = group_sum(error(x, w, size, low, high, wider * scales, dmin * minima), n_sub)
+            new_d, new_scales = where_less(off, best, wider, new_d), where_less(off, best, scales, new_scales)
+            best = smaller(off, best)
+        return new_d, new_scales
 
     @strict
     def move_integers(x, w, size, low, high, d, dmin, scales, minima, least, most, minimum_high):  # type: ignore[no-untyped-def]
@@ -251,6 +280,17 @@ def make_search(has_minima: bool, nearest: Callable[..., Any], name: str) -> Str
         return divide_or_zero(sum_wx, sum_w)
 
     @strict
+    def zero_if_better(x, w, size, n_sub, low, high, d, dmin, scales, minima):  # type: ignore[no-untyped-def]
+        """d and dmin, both 0 where that leaves less error, as it can where `d` is among the subnormal halves."""
+        zero, few_bits = splat(0), splat(SMALLEST_NORMAL_HALF)
+        if max_lanes_f32x16(zero - abs_f32x16(d)) <= -SMALLEST_NORMAL_HALF:
+            return d, dmin
+        off = group_sum(error(x, w, size, low, high, d * scales, dmin * minima), n_sub)
+        none = group_sum(error(x, w, size, low, high, zero, zero), n_sub)
+        none = where_less(abs_f32x16(d), few_bits, none, splat(np.inf))
+        return where_less(none, off, zero, d), where_less(none, off, zero, dmin)
+
+    @strict
     def set_levels(levels, x, size, low, high, params):  # type: ignore[no-untyped-def]
         """The levels of 16 sub-blocks, bytes, one sub-block after the other."""
         scale = load_f32x16(params) * load_f32x16(params + 128)
@@ -278,6 +318,8 @@ def make_search(has_minima: bool, nearest: Callable[..., Any], name: str) -> Str
             lost = lost if n_sub == 1 else larger(lost, zero)
             minimum = where_less(zero, d * scales, minimum, lost)
             dmin, minima = units(minimum, n_sub, zero_f, minimum_high)
+            if n_sub > 1 and rounds > 0:
+                d, scales = widen(x, w, size, n_sub, low, high, scale, d, dmin, minima, scale_low, scale_high)
         else:
             scale = fit_farthest(x, w, size, low, high, first, step, tries)
             d, scales = units(scale, n_sub, scale_low, scale_high)
@@ -293,6 +335,7 @@ def make_search(has_minima: bool, nearest: Callable[..., Any], name: str) -> Str
             new_off = error(x, w, size, low, high, new_d * scales, new_dmin * minima)
             off, new_off = group_sum(off, n_sub), group_sum(new_off, n_sub)
             d, dmin = where_less(new_off, off, new_d, d), where_less(new_off, off, new_dmin, dmin)
+        d, dmin = zero_if_better(x, w, size, n_sub, low, high, d, dmin, scales, minima)
         store_f32x16(params, d)
         store_f32x16(params + 64, dmin)
         store_f32x16(params + 128, scales)
@@ -351,7 +394,7 @@ def search(grid: Grid, rows: np.ndarray, importance: np.ndarray | None, *, tilte
     """
     n_rows, n_cols = rows.shape
     n_groups = -(-n_cols // (LANES * grid.size))
-    columns = np.ones(n_cols, np.float32) if importance is None else np.ascontiguousarray(importance, np.float32)
+    columns = np.ones(n_cols, np.float32) if importance is None else _scaled(importance)
     levels = np.empty((n_rows, n_cols), np.int8)
     params = np.empty((n_groups, n_rows, 4, LANES), np.float32)
     KERNELS[grid.minima is not None, grid.spacing](
@@ -360,6 +403,12 @@ def search(grid: Grid, rows: np.ndarray, importance: np.ndarray | None, *, tilte
         rounds,
     )  # fmt: skip
     return Found(levels, params)
+
+
+def _scaled(importance: np.ndarray) -> np.ndarray:
+    """The same in relation to each other, from LEAST_IMPORTANCE to 1: products of them stay within float32's range."""
+    _, exponent = np.frexp(importance.max())
+    return np.maximum(np.ldexp(importance, -exponent), LEAST_IMPORTANCE).astype(np.float32)
 
 
 def blocks_of(grid: Grid, found: Found) -> Blocks:

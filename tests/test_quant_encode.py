@@ -1,30 +1,26 @@
-"""Encoders against the gguf package's bytes, against a search in plain NumPy, and at the edges of what floats hold."""
+"""Encoders against the gguf package's bytes where those are the reference, and at the edges of what floats hold."""
 
 import hashlib
 
 import gguf
 import numpy as np
 import pytest
+from encoded import decoded, lcg_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from llmq.errors import FileFormatError, UnsupportedError
-from llmq.formats import BF16, F16, F32, FORMATS, Q4_1, Q4_K, Q5_1, Q5_K, Q6_K, Q8_0, Format
-from quant.encode import KERNELS, PLAIN, check_range, encode, squared_error
+from llmq.formats import BF16, F16, F32, IQ4_NL, IQ4_XS, Q4_K, Q8_0, Format
+from quant.encode import FAST, PLAIN, ROUNDS, check_range, encode, squared_error
+from quant.feedback import DAMPING, prepare
+from quant.grid import GRIDS
 
-WRITTEN = [fmt for fmt in FORMATS.values() if fmt in KERNELS or fmt in PLAIN]
+WRITTEN = [*PLAIN, *GRIDS, Q8_0]
 ALL = pytest.mark.parametrize("fmt", WRITTEN, ids=lambda fmt: fmt.name)
-K_QUANTS = pytest.mark.parametrize("fmt", [Q4_K, Q5_K, Q6_K], ids=lambda fmt: fmt.name)
-REFERENCE = [fmt for fmt in WRITTEN if fmt not in (Q4_K, Q5_K, Q6_K)]
+REFERENCE = pytest.mark.parametrize("fmt", [F16, BF16, Q8_0], ids=lambda fmt: fmt.name)
 
 FINITE_HALVES = st.floats(-65504, 65504, width=32, allow_subnormal=False)
-
-
-def decoded(fmt: Format, raw: np.ndarray) -> np.ndarray:
-    """By the gguf package, so that encoder and decoder cannot share a mistake."""
-    with np.errstate(all="ignore"):
-        return gguf.dequantize(raw, gguf.GGMLQuantizationType(fmt.id)).astype(np.float64)
 
 
 def assert_reference_bytes(fmt: Format, rows: np.ndarray) -> None:
@@ -33,7 +29,7 @@ def assert_reference_bytes(fmt: Format, rows: np.ndarray) -> None:
     np.testing.assert_array_equal(encode(fmt, rows), theirs.reshape(rows.shape[0], -1))
 
 
-@pytest.mark.parametrize("fmt", REFERENCE, ids=lambda fmt: fmt.name)
+@REFERENCE
 @pytest.mark.parametrize("scale", [1e-6, 0.02, 1.0, 900.0])
 def test_bytes_are_those_of_gguf(fmt: Format, scale: float) -> None:
     rng = np.random.default_rng(1)
@@ -41,7 +37,7 @@ def test_bytes_are_those_of_gguf(fmt: Format, scale: float) -> None:
     assert_reference_bytes(fmt, (rng.integers(-8, 9, (7, 512)) * scale / 8).astype(np.float32))
 
 
-@pytest.mark.parametrize("fmt", REFERENCE, ids=lambda fmt: fmt.name)
+@REFERENCE
 @given(block=arrays(np.float32, (1, 32), elements=FINITE_HALVES))
 @settings(deadline=None, max_examples=150)
 def test_bytes_of_wild_blocks_are_those_of_gguf(fmt: Format, block: np.ndarray) -> None:
@@ -63,97 +59,6 @@ def test_bf16_rounds_to_nearest_even(value: float) -> None:
     assert int(encode(BF16, np.array([[value]], np.float32)).view(np.uint16)[0, 0]) == bf16_oracle(value)
 
 
-def fit_levels(x: np.ndarray, w: np.ndarray, levels: np.ndarray) -> tuple[float, float]:
-    """Weighted least squares of x = scale * level + low with low <= 0, by NumPy's solver."""
-    root = np.sqrt(w)
-    scale, low = np.linalg.lstsq(np.stack([levels, np.ones_like(x)], 1) * root[:, None], x * root, rcond=None)[0]
-    if low > 0:
-        return float((w * x * levels).sum() / (w * levels**2).sum()), 0.0
-    return float(scale), float(low)
-
-
-def naive_search(x: np.ndarray, top: int, first: float, tries: int) -> tuple[float, float]:
-    """Scale and minimum of 32 weights by the published search, in float64."""
-    w = np.sqrt((x**2).mean()) + np.abs(x)
-    low, high = min(x.min(), 0.0), x.max()
-    if high == low:
-        return 0.0, low
-    span, scale, best = high - low, (high - low) / top, np.inf
-    for k in range(-1, tries):
-        inverse = (top if k < 0 else top + first + 0.1 * k) / span
-        levels = np.clip(np.rint(inverse * (x - low)), 0, top)
-        new = (scale, low) if k < 0 else fit_levels(x, w, levels)
-        error = (w * (new[0] * levels + new[1] - x) ** 2).sum()
-        if error < best:
-            best, (scale, low) = error, new
-    return scale, low
-
-
-def naive_asymmetric(x: np.ndarray, top: int, first: float, tries: int) -> np.ndarray:
-    """What a Q4_K or Q5_K block of 256 weights would decode to."""
-    found = np.array([naive_search(part, top, first, tries) for part in x.reshape(8, 32)])
-    scales, minima = found[:, 0], -found[:, 1]
-    d, dmin = (float(np.float16(values.max() / 63)) for values in (scales, minima))
-    steps = np.rint(scales / d if d else scales * 0).clip(0, 63) * d
-    lows = np.rint(minima / dmin if dmin else minima * 0).clip(0, 63) * dmin
-    out = []
-    for part, step, low in zip(x.reshape(8, 32), steps, lows, strict=True):
-        levels = np.rint((part + low) / step).clip(0, top) if step else np.zeros(32)
-        out.append(levels * step - low)
-    return np.concatenate(out)
-
-
-def naive_q6_k(x: np.ndarray) -> np.ndarray:
-    scales = []
-    for part in x.reshape(16, 16):
-        extreme = part[np.abs(part).argmax()]
-        best, scale = 0.0, 0.0
-        for k in [0, *range(-9, 0), *range(1, 10)]:
-            levels = np.rint(-(32 + 0.1 * k) / extreme * part).clip(-32, 31)
-            product, square = (part**3 * levels).sum(), (part**2 * levels**2).sum()
-            if square and product**2 / square > best:
-                best, scale = product**2 / square, product / square
-        scales.append(scale)
-    table = np.array(scales)
-    d = float(np.float16(table[np.abs(table).argmax()] / -128))
-    steps = np.repeat(np.rint(table / d).clip(-128, 127) * d, 16)
-    return np.rint(x / steps).clip(-32, 31) * steps
-
-
-@K_QUANTS
-@pytest.mark.parametrize("kind", ["normal", "laplace", "positive", "outliers"])
-def test_k_quants_do_the_published_search(fmt: Format, kind: str) -> None:
-    rng = np.random.default_rng(11)
-    rows = {
-        "normal": lambda: rng.standard_normal((9, 768)),
-        "laplace": lambda: rng.laplace(size=(9, 768)) * 0.01,
-        "positive": lambda: rng.uniform(1, 2, (9, 768)),
-        "outliers": lambda: rng.standard_normal((9, 768)) * np.where(rng.random((9, 768)) < 0.01, 30, 1),
-    }[kind]()
-    rows = rows.astype(np.float32)
-    naive = {
-        Q4_K: lambda block: naive_asymmetric(block, 15, -1.0, 21),
-        Q5_K: lambda block: naive_asymmetric(block, 31, -0.5, 16),
-        Q6_K: naive_q6_k,
-    }[fmt]
-    expected = np.array([naive(block) for block in rows.astype(np.float64).reshape(-1, 256)]).reshape(rows.shape)
-    ours = decoded(fmt, encode(fmt, rows))
-    # Float32 ties may fall the other way now and then; most weights are the same to the last bit of the format.
-    assert np.isclose(ours, expected, rtol=1e-5, atol=1e-9).mean() > 0.75
-    ratio = np.sqrt(((ours - rows) ** 2).sum() / ((expected - rows) ** 2).sum())
-    assert ratio < 1.01
-
-
-def least_squares_bound(fmt: Format, rows: np.ndarray) -> np.ndarray:
-    """Half a step of plain rounding over each block's own range, plus what rounding scales to 6 bits (7, with a sign,
-    for Q6_K, 8 in all) can add: a bound no sensible search exceeds by much."""
-    parts = rows.reshape(-1, 8, 32).astype(np.float64)
-    reach = np.maximum(parts.max(-1), 0) - np.minimum(parts.min(-1), 0)
-    steps = {Q4_K: 15, Q5_K: 31, Q6_K: 31}[fmt]
-    whole = np.abs(parts).max((1, 2))[:, None]
-    return np.repeat(reach / steps + whole / 63 + whole / steps, 32, -1).reshape(rows.shape)
-
-
 EDGES = {
     "zeros": np.zeros(512),
     "constant": np.full(512, 0.37),
@@ -171,58 +76,136 @@ EDGES = {
     "one outlier": np.r_[np.random.default_rng(3).standard_normal(511) * 1e-3, 50],
     "all negative": -np.random.default_rng(4).uniform(3, 4, 512),
     "wild scales": np.random.default_rng(5).standard_normal(512) * np.repeat(10.0 ** np.arange(-8, 8), 32) / 1e4,
+    "scales of both signs": np.resize([-1.0, 0.5, 1.0, -0.5, 0.25], 512) * np.repeat(np.resize([1, -1], 32), 16),
+    "largest, one side": np.full(512, 65504.0),
+    "half of each": np.resize([65504.0, 1e-4], 512),
+}
+
+
+# Of a few tokens of 512 columns that have much in common.
+TOKENS = np.random.default_rng(15).standard_normal((40, 1)) + np.random.default_rng(16).standard_normal((40, 512))
+FEEDBACK = prepare(np.stack([part.T @ part for part in (TOKENS[:, :256], TOKENS[:, 256:])]))
+IMPORTANCE = {
+    "none": None,
+    "uneven": np.square(TOKENS).mean(0).astype(np.float32),
+    "much of it 0": np.resize(np.repeat([0, 1, 0, 1e-9], 16), 512).astype(np.float32),
+    "all 0": np.zeros(512, np.float32),
+    "largest": np.full(512, np.finfo(np.float32).max),
 }
 
 
 @ALL
+@pytest.mark.parametrize("rounds", [FAST, ROUNDS])
 @pytest.mark.parametrize("edge", EDGES)
-def test_edges_decode_to_finite_weights_near_the_original(fmt: Format, edge: str) -> None:
+def test_edges_decode_to_finite_weights_near_the_original(fmt: Format, edge: str, rounds: int) -> None:
     row = EDGES[edge].astype(np.float32).reshape(1, 512)
-    ours = decoded(fmt, encode(fmt, row).copy())
+    ours = decoded(fmt, encode(fmt, row, rounds=rounds).copy()).astype(np.float64)
     assert np.isfinite(ours).all()
-    # The reference bytes of Q4_1 and Q5_1 keep a minimum where the scale is lost.
-    if edge == "near the smallest half" and fmt in (Q4_1, Q5_1):
-        return
+    # Plain squares are not what is minimized: the more so the fewer bits scales have.
+    assert ((ours - row) ** 2).sum() <= (row.astype(np.float64) ** 2).sum() * 1.01
     assert np.abs(ours - row).max() <= np.abs(row).max()
-    assert ((ours - row) ** 2).sum() <= (row.astype(np.float64) ** 2).sum()
     if edge == "zeros":
         assert not ours.any()
-    if edge in ("constant", "negative constant", "ternary"):
-        assert np.abs(ours - row).max() <= np.abs(row).max() * 0.13
-    if fmt in (Q4_K, Q5_K, Q6_K):
-        assert (np.abs(ours - row) <= least_squares_bound(fmt, row) + 6e-8 * 63).all()
+    if edge in ("constant", "negative constant", "ternary", "largest, one side"):
+        # IQ4's levels are not evenly spaced.
+        limit = 2**-3 if fmt in (IQ4_NL, IQ4_XS) else 2**-8
+        assert np.abs(ours - row).max() <= np.abs(row).max() * limit
 
 
-@K_QUANTS
-def test_subnormal_scales_are_counted_in_what_is_stored(fmt: Format) -> None:
-    """Rounding integer scales against the exact scale instead loses up to a tenth here."""
-    rows = (np.random.default_rng(6).standard_normal((64, 256)) * 2e-4).astype(np.float32)
-    ours = decoded(fmt, encode(fmt, rows))
-    relative = np.sqrt(((ours - rows) ** 2).mean() / (rows.astype(np.float64) ** 2).mean())
-    assert relative < {Q4_K: 0.076, Q5_K: 0.040, Q6_K: 0.028}[fmt]
+GRIDDED = pytest.mark.parametrize("fmt", GRIDS, ids=lambda fmt: fmt.name)
 
 
-@K_QUANTS
-@pytest.mark.parametrize("n_blocks", [1, 2, 3, 5])
-def test_a_block_does_not_depend_on_its_neighbours(fmt: Format, n_blocks: int) -> None:
-    rows = np.random.default_rng(8).standard_normal((n_blocks, 256)).astype(np.float32)
-    together = encode(fmt, rows)
-    apart = np.concatenate([encode(fmt, rows[i : i + 1]) for i in range(n_blocks)])
-    np.testing.assert_array_equal(together, apart)
+def error_over_that_of_zeros(fmt: Format, rows: np.ndarray, raw: np.ndarray, importance: np.ndarray | float) -> float:
+    """Of the sums of squares that the search minimizes, in which large weights count for more, the worst block's."""
+    x = rows.astype(np.float64)
+    blocks = x.reshape(-1, fmt.block_size)
+    tilt = np.sqrt(2 * np.mean(blocks**2, axis=1, keepdims=True) + blocks**2).reshape(rows.shape)
+    ours, zeros = (
+        (tilt * importance * (made - x) ** 2).reshape(blocks.shape).sum(1) for made in (decoded(fmt, raw.copy()), 0)
+    )
+    return float((ours / np.where(zeros > 0, zeros, 1)).max())
 
 
-def test_golden_bytes_of_k_quants() -> None:
-    """The same bytes on every processor: the sums are strict, so a difference is a change of the algorithm."""
-    state, values = 12345, []
-    for _ in range(2048):
-        state = state * 1103515245 + 12345 & 0x7FFFFFFF
-        values.append((state >> 16) - 16384)
-    rows = (np.array(values, np.float32) * np.float32(2.0**-18)).reshape(4, 512)
-    digests = {fmt.name: hashlib.sha256(encode(fmt, rows).tobytes()).hexdigest()[:16] for fmt in (Q4_K, Q5_K, Q6_K)}
+@GRIDDED
+@pytest.mark.parametrize("importance", IMPORTANCE)
+@pytest.mark.parametrize("edge", EDGES)
+def test_edges_with_importance_are_no_worse_than_zeros(fmt: Format, edge: str, importance: str) -> None:
+    rows, counts = EDGES[edge].astype(np.float32).reshape(1, 512), IMPORTANCE[importance]
+    raw = encode(fmt, rows, counts)
+    assert np.isfinite(decoded(fmt, raw.copy())).all()
+    relative = 1.0 if counts is None or not counts.any() else counts.astype(np.float64) / counts.max()
+    assert error_over_that_of_zeros(fmt, rows, raw, relative) < 1 + 1e-5
+
+
+@GRIDDED
+@pytest.mark.parametrize("edge", EDGES)
+def test_products_of_edges_with_feedback_are_no_worse_than_with_zeros(fmt: Format, edge: str) -> None:
+    rows = EDGES[edge].astype(np.float32).reshape(1, 512)
+    ours = decoded(fmt, encode(fmt, rows, None, FEEDBACK).copy())
+    assert np.isfinite(ours).all()
+    assert product_error(ours - rows.astype(np.float64)) <= product_error(rows.astype(np.float64)) * (1 + 1e-5)
+
+
+def product_error(off: np.ndarray) -> float:
+    """e^T H e of both blocks of 256, with H as it is factored."""
+    total = 0.0
+    for part in (slice(0, 256), slice(256, 512)):
+        tokens = TOKENS[:, part]
+        damping = DAMPING * np.square(tokens).sum() / 256
+        total += np.square(off[:, part] @ tokens.T).sum() + damping * np.square(off[:, part]).sum()
+    return total
+
+
+@st.composite
+def rows_and_importance(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
+    """Blocks of wild numbers of one size, and as wild an importance."""
+    size = draw(st.sampled_from([1e-42, 1e-9, 1e-6, 1e-3, 1.0, 6e4]))
+    rows = draw(arrays(np.float32, (1, 256), elements=st.floats(-1, 1, width=32))) * np.float32(size)
+    return rows, draw(arrays(np.float32, 256, elements=st.floats(0, 2.0**100, width=32)))
+
+
+@GRIDDED
+@given(drawn=rows_and_importance())
+@settings(deadline=None, max_examples=60)
+def test_wild_weights_are_no_worse_than_zeros(fmt: Format, drawn: tuple[np.ndarray, np.ndarray]) -> None:
+    rows, importance = drawn
+    assert np.isfinite(decoded(fmt, encode(fmt, rows, importance).copy())).all()
+    assert error_over_that_of_zeros(fmt, rows, encode(fmt, rows), 1.0) < 1 + 1e-5
+
+
+@REFERENCE
+def test_importance_and_feedback_leave_the_reference_bytes(fmt: Format) -> None:
+    rows = lcg_rows(2, 512)
+    plain = encode(fmt, rows)
+    np.testing.assert_array_equal(encode(fmt, rows, IMPORTANCE["uneven"]), plain)
+    np.testing.assert_array_equal(encode(fmt, rows, None, FEEDBACK), plain)
+
+
+@GRIDDED
+def test_feedback_lowers_the_error_of_products(fmt: Format) -> None:
+    rows = np.random.default_rng(17).standard_normal((40, 512)).astype(np.float32)
+    errors = []
+    for given_feedback in (None, FEEDBACK):
+        off = decoded(fmt, encode(fmt, rows, None, given_feedback)).astype(np.float64) - rows
+        errors.append(sum(np.square(TOKENS[:, part] @ off[:, part].T).sum() for part in np.split(np.arange(512), 2)))
+    assert errors[1] < 0.5 * errors[0]
+
+
+def test_golden_bytes() -> None:
+    """The same on every processor: sums are strict, so a difference is a change of the algorithm."""
+    rows, importance = lcg_rows(4, 512), np.resize(np.array([1, 3, 0.5, 2, 7], np.float32), 512)
+    digests = {}
+    for fmt in GRIDS:
+        made = (encode(fmt, rows, given, rounds=rounds) for given in (None, importance) for rounds in (FAST, ROUNDS))
+        digests[fmt.name] = hashlib.sha256(b"".join(part.tobytes() for part in made)).hexdigest()[:16]
     assert digests == GOLDEN
 
 
-GOLDEN = {"Q4_K": "1b46a664aec2bed1", "Q5_K": "dba162b75a594501", "Q6_K": "c5ba48a5c4ab6662"}
+GOLDEN = {
+    "Q2_K": "af3a607e153f4dc9", "Q3_K": "b72a058906f66514", "Q4_K": "8f3352648023059b", "Q5_K": "3777f41b29bb50a8",
+    "Q6_K": "4078f21d21593ae0", "Q4_0": "d86420370516a5b3", "Q5_0": "2a85bb62bdf313ab", "Q4_1": "e43f05703d64eecf",
+    "Q5_1": "630171f88365389b", "IQ4_NL": "7fa70bf1ea3984e0", "IQ4_XS": "69f766d8baa3c0d1",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
