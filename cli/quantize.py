@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from cli.screen import is_terminal, note, one_line, show_compiling, size
+from cli.screen import is_terminal, note, one_line, show_compiling, size, status
 from cli.text import read_text
 from llmq.errors import UsageError
 from llmq.store import NAME, make_private, model_path, models_dir
@@ -84,22 +84,29 @@ def quantize(
     fast: Fast = False,
 ) -> None:
     """Make a GGUF file of a checkpoint, or a smaller one of a GGUF file."""
+    from cli.outputs import check_outputs
     from llmq.jit import compile_log
     from quant.guide import Running
     from quant.imatrix import write_imatrix
     from quant.quantize import quantize as quantize_tensors
     from quant.recipe import PRESETS, parse_override
+    from quant.source import open_source
 
     preset = preset.lower()
     if preset not in PRESETS:
         raise UsageError(f"there is no type {preset[:40]!a}; there are {', '.join(PRESETS)}")
     overrides = [parse_override(text) for text in tensor_type or ()]
+    calibrate = calibrate or text is not None
+    if calibrate and imatrix:
+        raise UsageError("--calibrate and --imatrix are two sources for one thing; give one of them")
+    if save_imatrix and not calibrate:
+        raise UsageError("--save-imatrix keeps what a calibration saw; add --calibrate")
     if out is None:
         out = default_out(source, preset)
+    read = [*open_source(source).files, *(Path(name) for name in (text, imatrix) if name)]
+    check_outputs([out, save_imatrix] if save_imatrix else [out], read)
     compile_log.listener = show_compiling
-    guides, guided_by = open_guides(source, calibrate or text is not None, text, imatrix)
-    if save_imatrix and not isinstance(guides, Running):
-        raise UsageError("--save-imatrix keeps what a calibration saw; add --calibrate")
+    guides, guided_by = open_guides(source, calibrate, text, imatrix)
     reports = cast(
         "Generator[TensorReport]",
         quantize_tensors(source, out, preset, overrides=overrides, guides=guides, guided_by=guided_by, fast=fast),
@@ -124,15 +131,18 @@ def open_guides(source: Path, calibrate: bool, text: str | None, imatrix: Path |
     from quant.imatrix import read_imatrix
     from quant.source import open_source
 
-    if calibrate and imatrix:
-        raise UsageError("--calibrate and --imatrix are two sources for one thing; give one of them")
     if imatrix:
         shapes = {weights.name: weights.shape for weights in open_source(source).weights}
         return guides_of(read_imatrix(imatrix, shapes)), digest(imatrix.read_bytes())
     if not calibrate:
         return no_guide, ""
-    words = read_text(text or str(DEFAULT_TEXT))
-    return Running(source, words, Path(text or DEFAULT_TEXT).name), digest(words.encode())
+    words = read_text(str(DEFAULT_TEXT) if text is None else text)
+    dataset = "stdin" if text == "-" else one_line(Path(text or DEFAULT_TEXT).name)
+    return Running(source, words, dataset, tell=show_calibrating), digest(words.encode())
+
+
+def show_calibrating(layer: int, n_layers: int) -> None:
+    status.show("calibrating", f"layer {layer} of {n_layers}")
 
 
 def default_out(source: Path, preset: str) -> Path:
@@ -166,8 +176,12 @@ def show_reports(reports: "Iterator[TensorReport]", title: str) -> None:
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=None, title=title)
-        for report in reports:
-            progress.update(task, completed=report.index + 1, total=report.total, description=describe(report))
+        status.bar = lambda line: progress.update(task, description=line)
+        try:
+            for report in reports:
+                progress.update(task, completed=report.index + 1, total=report.total, description=describe(report))
+        finally:
+            status.bar = None
 
 
 def describe(report: "TensorReport") -> str:
