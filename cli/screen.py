@@ -3,7 +3,7 @@
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TextIO
 
 # Characters that act on a terminal or lie about what is written: C0 and C1 controls but newline and tab, bidirectional
@@ -38,16 +38,20 @@ def dim(text: str) -> str:
 
 class Status:
     """A line on stderr that tells of work in progress until something else is written; away from a terminal, one note
-    for each kind of work.
+    for each kind of work. Where a progress bar has the line, `bar` takes what there is to tell.
     """
 
     def __init__(self) -> None:
         self.label = ""
         self.visible = False
+        self.bar: Callable[[str], None] | None = None
 
     def show(self, label: str, text: str = "") -> None:
-        if is_terminal(sys.stderr):
-            sys.stderr.write("\r\x1b[K" + dim(f"{label}: {one_line(text, 50)}" if text else label))
+        line = f"{label}: {one_line(text, 50)}" if text else label
+        if self.bar:
+            self.bar(line)
+        elif is_terminal(sys.stderr):
+            sys.stderr.write("\r\x1b[K" + dim(line))
             sys.stderr.flush()
             self.visible = True
         elif label != self.label:

@@ -7,7 +7,7 @@ a layer nothing of an earlier chunk is seen.
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,12 +48,20 @@ class LayerStatistics:
     held: dict[str, np.ndarray]
 
 
-def calibrate(src: Path, text: str, *, threads: int | None = None, block: int = 0) -> Iterator[LayerStatistics]:
+def calibrate(
+    src: Path,
+    text: str,
+    *,
+    threads: int | None = None,
+    block: int = 0,
+    tell: Callable[[int, int], None] | None = None,
+) -> Iterator[LayerStatistics]:
     """Run `src`, a checkpoint folder or a GGUF file, over `text`; yields layer by layer, then the output matrix.
 
     `block` > 0 asks for moments too, within blocks of so many columns; narrower matrices are one block, and where it
     does not divide the width it is their greatest common divisor. Every fifth chunk is held out of them. What comes
-    out does not depend on `threads` (default: one per physical core).
+    out does not depend on `threads` (default: one per physical core). `tell` is told the layer that is about to be run,
+    from 1, and how many there are.
 
     Raises UsageError (a text that is empty or too long), FileFormatError and UnsupportedError (the source).
     """
@@ -65,21 +73,29 @@ def calibrate(src: Path, text: str, *, threads: int | None = None, block: int = 
     with closing(Engine(gguf, config, threads or usable_cores())) as engine:
         ring = engine.ring(len(chunks[0]))
         for i in range(config.n_layers):
+            if tell:
+                tell(i + 1, config.n_layers)
             model.prepare(i)
             sums = {what: _Sums(names, shapes, block) for what, names in _readers(config, i).items()}
             for place, (chunk, x) in enumerate(zip(chunks, hidden, strict=True)):
                 _run_layer(engine, i, chunk, ring, x, sums, held=_is_held(place))
-            if not all(np.isfinite(x).all() for x in hidden):
-                raise FileFormatError(
-                    f"layer {i} of {quoted(gguf.path.name)} gives values that are not finite: its weights are damaged; "
-                    "download or make it again"
-                )
+            if not all(np.isfinite(x).all() for x in hidden) or not all(each.fits() for each in sums.values()):
+                raise _overflow(f"layer {i}", gguf)
             model.release()
             yield _statistics(i, config, chunks, sums.values())
     output = _Sums(("token_embd.weight" if config.tied_embeddings else "output.weight",), shapes, block)
     for place, x in enumerate(hidden):
         output.add(0, rms_norm(x, gguf, "output_norm.weight", config.rms_eps), held=_is_held(place))
+    if not output.fits():
+        raise _overflow("the last norm", gguf)
     yield _statistics(config.n_layers, config, chunks, [output])
+
+
+def _overflow(what: str, gguf: GGUF) -> FileFormatError:
+    return FileFormatError(
+        f"{what} of {quoted(gguf.path.name)} gives values that are not finite or too large: its weights are damaged; "
+        "download or make it again"
+    )
 
 
 def gather(layers: Iterable[LayerStatistics], dataset: str = DEFAULT_TEXT.name) -> Calibration:
@@ -155,6 +171,8 @@ class _Sums:
         size = n_cols if block > n_cols else math.gcd(block, n_cols)
         self.products = np.zeros((2, n_experts, n_cols // size, size, size)) if block else None
 
+    # What does not fit is found afterwards.
+    @np.errstate(over="ignore", invalid="ignore")
     def add(self, expert: int, x: np.ndarray, *, held: bool) -> None:
         """Rows [n, n_cols] that an expert reads."""
         self.counts[int(held), expert] += len(x)
@@ -163,6 +181,10 @@ class _Sums:
             blocks = x.reshape(len(x), *self.products.shape[2:4])
             # BLAS has its own threads, as many whatever llmq is told; each element is summed by one of them.
             self.products[int(held), expert] += np.matmul(blocks.transpose(1, 2, 0), blocks.transpose(1, 0, 2))
+
+    def fits(self) -> bool:
+        """Whether all sums are float32 numbers; no product of columns is larger than the squares."""
+        return bool((self.squares <= np.finfo(np.float32).max).all())
 
     def inputs(self) -> Inputs:
         return Inputs(self.squares.astype(np.float32), self.counts.sum(axis=0))

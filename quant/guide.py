@@ -40,11 +40,20 @@ def guides_of(calibration: Calibration) -> Guides:
 class Running:
     """Guides from a run of the model, made layer by layer as they are asked for; only one layer's are in memory.
 
-    `calibration` has what the run gathered so far, without moments.
+    One run serves one quantization. `calibration` has what it gathered so far, without moments; `dataset`, `threads`
+    and `tell` are those of calibrate.
     """
 
-    def __init__(self, src: Path, text: str, dataset: str, threads: int | None = None) -> None:
-        self._layers: Iterator[LayerStatistics] = calibrate(src, text, threads=threads, block=BLOCK)
+    def __init__(
+        self,
+        src: Path,
+        text: str,
+        dataset: str,
+        *,
+        threads: int | None = None,
+        tell: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self._layers: Iterator[LayerStatistics] = calibrate(src, text, threads=threads, block=BLOCK, tell=tell)
         self._guides: dict[str, Guide] = {}
         self.calibration = Calibration({}, dataset, 0, 0)
 
@@ -56,7 +65,8 @@ class Running:
             if layer is None:
                 return None
             self._take(layer)
-        return self._guides.get(name)
+        assert name in self._guides, f"{name} was asked for after a later layer"
+        return self._guides[name]
 
     def finish(self) -> Calibration:
         """Runs what was not asked for yet, and tells what all matrices read."""

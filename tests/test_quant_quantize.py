@@ -363,7 +363,7 @@ def test_in_order_keeps_order_and_bounds_what_runs_ahead() -> None:
             yield i
 
     with ThreadPoolExecutor(3) as pool:
-        results = in_order(pool, lambda i: i * i, jobs(), 4)
+        results = in_order(pool, lambda i: i * i, jobs(), ahead=4)
         assert next(results) == 0
         assert len(taken) == 5
         assert list(results) == [i * i for i in range(1, 50)]

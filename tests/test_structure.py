@@ -121,13 +121,18 @@ def test_one_home_for_fast_math(path: Path) -> None:
         assert "fastmath=" not in path.read_text("utf-8")
 
 
+def n_lines(node: ast.FunctionDef) -> int:
+    assert node.end_lineno is not None
+    return node.end_lineno - node.lineno + 1
+
+
 @each_source
 def test_nothing_gets_long(path: Path) -> None:
     assert len(path.read_text("utf-8").splitlines()) <= LONGEST_FILE
     for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.FunctionDef):
-            assert node.end_lineno is not None
-            length = node.end_lineno - node.lineno + 1
+            # A function that makes a kernel holds the kernel's parts, which count for themselves.
+            length = n_lines(node) - sum(n_lines(part) for part in node.body if isinstance(part, ast.FunctionDef))
             assert length <= LONGEST_FUNCTION, f"{path.name}: {node.name} has {length} lines"
 
 
