@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
+from cli.report import check_page, write_page
 from cli.screen import is_terminal, note, one_line, show_compiling, size
 from cli.text import read_text
 from llmq.errors import UsageError
@@ -69,6 +70,10 @@ SaveImatrix = Annotated[
     Path | None,
     typer.Option("--save-imatrix", metavar="FILE", help="Keep what --calibrate saw, for llama.cpp or another run."),
 ]
+Report = Annotated[
+    Path | None,
+    typer.Option("--report", metavar="FILE", help="Also write a web page about the result, to FILE.html."),
+]
 Fast = Annotated[bool, typer.Option("--fast", help="Search less: several times faster, a little more error.")]
 
 
@@ -82,6 +87,7 @@ def quantize(
     imatrix: Imatrix = None,
     save_imatrix: SaveImatrix = None,
     fast: Fast = False,
+    report: Report = None,
 ) -> None:
     """Make a GGUF file of a checkpoint, or a smaller one of a GGUF file."""
     from llmq.jit import compile_log
@@ -96,29 +102,43 @@ def quantize(
     overrides = [parse_override(text) for text in tensor_type or ()]
     if out is None:
         out = default_out(source, preset)
+    if report:
+        check_page(report, out)
     compile_log.listener = show_compiling
-    guides, guided_by = open_guides(source, calibrate or text is not None, text, imatrix)
+    guides, guided_by, knowledge = open_guides(source, calibrate or text is not None, text, imatrix)
     if save_imatrix and not isinstance(guides, Running):
         raise UsageError("--save-imatrix keeps what a calibration saw; add --calibrate")
     reports = cast(
         "Generator[TensorReport]",
-        quantize_tensors(source, out, preset, overrides=overrides, guides=guides, guided_by=guided_by, fast=fast),
+        quantize_tensors(
+            source,
+            out,
+            preset,
+            overrides=overrides,
+            guides=guides,
+            guided_by=guided_by,
+            knowledge=knowledge,
+            fast=fast,
+        ),
     )
     try:
         with contextlib.closing(reports):
-            show_reports(reports, f"{one_line(source.name, 40)} to {preset}")
+            done = show_reports(reports, f"{one_line(source.name, 40)} to {preset}")
     except (KeyboardInterrupt, SystemExit):
         note("stopped; the same command goes on from here")
         raise
     if save_imatrix and isinstance(guides, Running):
         write_imatrix(save_imatrix, guides.finish())
+    if report:
+        write_page(report, source, out, done, run=isinstance(guides, Running), known=bool(guided_by))
     name = out.stem if out.parent == models_dir() else str(out)
     note(f"{size(out.stat().st_size)} written; talk to it: llmq chat {one_line(name)}")
     sys.stdout.write(f"{one_line(str(out), 4096)}\n")
 
 
-def open_guides(source: Path, calibrate: bool, text: str | None, imatrix: Path | None) -> "tuple[Guides, str]":
-    """What tells the encoders which errors matter, and a name for it that another text or file does not have."""
+def open_guides(source: Path, calibrate: bool, text: str | None, imatrix: Path | None) -> "tuple[Guides, str, str]":
+    """What tells the encoders which errors matter, a name for it that another text or file does not have, and words."""
+    from llmq.tokenizer import load_tokenizer
     from quant.calibration import DEFAULT_TEXT
     from quant.guide import Running, digest, guides_of, no_guide
     from quant.imatrix import read_imatrix
@@ -128,11 +148,14 @@ def open_guides(source: Path, calibrate: bool, text: str | None, imatrix: Path |
         raise UsageError("--calibrate and --imatrix are two sources for one thing; give one of them")
     if imatrix:
         shapes = {weights.name: weights.shape for weights in open_source(source).weights}
-        return guides_of(read_imatrix(imatrix, shapes)), digest(imatrix.read_bytes())
+        known = read_imatrix(imatrix, shapes)
+        n_tokens = known.n_chunks * known.chunk_size
+        return guides_of(known), digest(imatrix.read_bytes()), f"importance from {imatrix.name}, {n_tokens} tokens"
     if not calibrate:
-        return no_guide, ""
-    words = read_text(text or str(DEFAULT_TEXT))
-    return Running(source, words, Path(text or DEFAULT_TEXT).name), digest(words.encode())
+        return no_guide, "", ""
+    words, name = read_text(text or str(DEFAULT_TEXT)), Path(text or DEFAULT_TEXT).name
+    n_tokens = len(load_tokenizer(open_source(source).metadata).encode(words))
+    return Running(source, words, name), digest(words.encode()), f"calibrated on {name}, {n_tokens} tokens"
 
 
 def default_out(source: Path, preset: str) -> Path:
@@ -146,12 +169,14 @@ def default_out(source: Path, preset: str) -> Path:
     return path
 
 
-def show_reports(reports: "Iterator[TensorReport]", title: str) -> None:
-    """A progress bar on a terminal; elsewhere, one line per tensor."""
+def show_reports(reports: "Iterator[TensorReport]", title: str) -> "list[TensorReport]":
+    """A progress bar on a terminal; elsewhere, one line per tensor. Returns them."""
+    done = []
     if not is_terminal(sys.stderr):
         for report in reports:
             note(describe(report))
-        return
+            done.append(report)
+        return done
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -168,6 +193,8 @@ def show_reports(reports: "Iterator[TensorReport]", title: str) -> None:
         task = progress.add_task("", total=None, title=title)
         for report in reports:
             progress.update(task, completed=report.index + 1, total=report.total, description=describe(report))
+            done.append(report)
+    return done
 
 
 def describe(report: "TensorReport") -> str:

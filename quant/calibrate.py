@@ -78,7 +78,7 @@ def calibrate(src: Path, text: str, *, threads: int | None = None, block: int = 
             yield _statistics(i, config, chunks, sums.values())
     output = _Sums(("token_embd.weight" if config.tied_embeddings else "output.weight",), shapes, block)
     for place, x in enumerate(hidden):
-        output.add(0, _rms_norm(x, gguf, "output_norm.weight", config.rms_eps), held=_is_held(place))
+        output.add(0, rms_norm(x, gguf, "output_norm.weight", config.rms_eps), held=_is_held(place))
     yield _statistics(config.n_layers, config, chunks, [output])
 
 
@@ -123,7 +123,7 @@ def _run_layer(
     state = engine.embed(chunk, range(len(chunk)), [ring] * len(chunk))
     if i > 0:
         state[:] = x
-    sums["attn_normed"].add(0, _rms_norm(state, gguf, f"blk.{i}.attn_norm.weight", config.rms_eps), held=held)
+    sums["attn_normed"].add(0, rms_norm(state, gguf, f"blk.{i}.attn_norm.weight", config.rms_eps), held=held)
     inputs = engine.run_layer(i)
     x[:] = state
     sums["attended"].add(0, inputs.attended, held=held)
@@ -133,7 +133,7 @@ def _run_layer(
             sums["hidden"].add(expert, inputs.hidden[start:stop], held=held)
 
 
-def _rms_norm(x: np.ndarray, gguf: GGUF, weight: str, eps: float) -> np.ndarray:
+def rms_norm(x: np.ndarray, gguf: GGUF, weight: str, eps: float) -> np.ndarray:
     """float32 [n, dim] of x [n, dim], which the engine prepares for its kernels without leaving it as floats."""
     mean = np.square(x, dtype=np.float64).mean(axis=1, keepdims=True)
     return (x / np.sqrt(mean + eps)).astype(np.float32) * gguf.data(weight).view(np.float32)
