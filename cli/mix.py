@@ -1,6 +1,8 @@
 """A byte budget for llmq quantize: --optimize, --size and --bpw."""
 
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -30,26 +32,33 @@ Bpw = Annotated[
 LEAST_BITS, MOST_BITS = 1.0, 32.0
 
 
-def checked_budget(optimize: bool, file_size: str | None, bits: float | None) -> int | None:
-    """Bytes of the file where --size gives them; refuses what contradicts itself."""
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """`n_bytes` of the file, or `bits` a weight, or else what `preset` takes; `label` ends a file's name."""
+
+    preset: str
+    n_bytes: int | None
+    bits: float | None
+    label: str
+
+
+def checked_budget(preset: str, optimize: bool, file_size: str | None, bits: float | None) -> Budget | None:
+    """What is asked for; raises UsageError where it contradicts itself."""
     from quant.budget import parse_size
 
     if sum((optimize, file_size is not None, bits is not None)) > 1:
         raise UsageError("--optimize, --size and --bpw are three budgets; give one of them")
-    if bits is not None and not LEAST_BITS <= bits <= MOST_BITS:
-        raise UsageError(f"--bpw takes {LEAST_BITS:g} to {MOST_BITS:g} bits a weight; 4.5 is usual")
-    return parse_size(file_size) if file_size is not None else None
+    if file_size is not None:
+        return Budget(preset, parse_size(file_size), None, re.sub(r"\s", "", file_size).lower())
+    if bits is not None:
+        if not LEAST_BITS <= bits <= MOST_BITS:
+            raise UsageError(f"--bpw takes {LEAST_BITS:g} to {MOST_BITS:g} bits a weight; 4.5 is usual")
+        return Budget(preset, None, bits, f"{bits:g}bpw")
+    return Budget(preset, None, None, f"{preset}-optimized") if optimize else None
 
 
 def choose_mix(
-    path: Path,
-    preset: str,
-    text: str,
-    guides: "Guides",
-    overrides: "Sequence[Override]",
-    *,
-    file_size: int | None,
-    bits: float | None,
+    path: Path, budget: Budget, text: str, guides: "Guides", overrides: "Sequence[Override]"
 ) -> "tuple[dict[str, Format], str]":
     """The formats, and the preset that comes nearest in bytes."""
     from quant.guide import no_guide
@@ -58,19 +67,18 @@ def choose_mix(
     from quant.source import open_source
 
     source = open_source(path)
-    budget = matrix_budget(source, preset, size=file_size, bits=bits, calibrated=guides is not no_guide)
-    found = sensitivities(
-        path, text, tell=lambda done, total: status.show(f"measuring sensitivity, layer {done} of {total}")
-    )
+    calibrated = guides is not no_guide
+    n_bytes = matrix_budget(source, budget.preset, size=budget.n_bytes, bits=budget.bits, calibrated=calibrated)
+    found = sensitivities(path, text, tell=show_sensitivity)
     status.show("choosing types")
-    mix = best_mix(source.weights, found, budget, guides=guides, overrides=overrides)
+    mix = best_mix(source.weights, found, n_bytes, guides=guides, overrides=overrides)
     status.clear()
-    note(f"matrices get {size(budget)}: {summary(mix)}")
+    note(f"matrices get {size(n_bytes)}: {summary(mix)}")
     return mix, nearest_preset(source, mix)
 
 
 def show_sensitivity(done: int, total: int) -> None:
-    status.show(f"measuring sensitivity, layer {done} of {total}")
+    status.show("measuring sensitivity", f"layer {done} of {total}")
 
 
 def summary(mix: "dict[str, Format]") -> str:

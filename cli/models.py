@@ -68,12 +68,14 @@ def show(model: options.ModelName = BUNDLED) -> None:
     """Show what is in a model file."""
     from llmq.config import check_tensors, read_config
     from llmq.gguf import open_gguf
+    from quant.receipt import describe as describe_receipt
 
     path = resolve(model)
     with open_gguf(path) as gguf:
         config = read_config(gguf)
         check_tensors(gguf, config)
         rows = [("file", one_line(str(path), 4096)), ("size", size(path.stat().st_size)), *describe(gguf, config)]
+        rows += [(label, one_line(text)) for label, text in describe_receipt(gguf.metadata)]
     sys.stdout.write(table(rows) + "\n")
 
 

@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
+from cli.guides import Calibrate, Imatrix, SaveImatrix, Text, check_guides, open_guides, read_words
 from cli.mix import Bpw, Optimize, Size, checked_budget, choose_mix
-from cli.screen import is_terminal, note, one_line, show_compiling, size
-from cli.text import read_text
+from cli.progress import show_reports
+from cli.screen import note, one_line, show_compiling, size
 from llmq.errors import UsageError
 from llmq.store import NAME, make_private, model_path, models_dir
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator
+    from collections.abc import Generator
 
-    from quant.guide import Guides
     from quant.quantize import TensorReport
 
 Source = Annotated[
@@ -52,23 +52,9 @@ TensorType = Annotated[
         help="Another type for tensors with REGEX in their name, as in ffn_down=q6_k; may be repeated.",
     ),
 ]
-
-
-Calibrate = Annotated[
-    bool,
-    typer.Option("--calibrate", help="Run the model over a text first, to see which errors matter; takes minutes."),
-]
-Text = Annotated[
-    str | None,
-    typer.Option("--text", metavar="FILE", help="The text for --calibrate.  [default: one that comes with llmq]"),
-]
-Imatrix = Annotated[
+Report = Annotated[
     Path | None,
-    typer.Option("--imatrix", metavar="FILE", help="Importance of columns, from llama-imatrix or --save-imatrix."),
-]
-SaveImatrix = Annotated[
-    Path | None,
-    typer.Option("--save-imatrix", metavar="FILE", help="Keep what --calibrate saw, for llama.cpp or another run."),
+    typer.Option("--report", metavar="FILE", help="Also write a web page about the result, to FILE.html."),
 ]
 Fast = Annotated[bool, typer.Option("--fast", help="Search less: several times faster, a little more error.")]
 
@@ -82,125 +68,77 @@ def quantize(
     text: Text = None,
     imatrix: Imatrix = None,
     save_imatrix: SaveImatrix = None,
-    fast: Fast = False,
     optimize: Optimize = False,
     file_size: Size = None,
     bpw: Bpw = None,
+    fast: Fast = False,
+    report: Report = None,
 ) -> None:
     """Make a GGUF file of a checkpoint, or a smaller one of a GGUF file."""
+    from cli.outputs import check_outputs
+    from cli.report import check_page, write_page
     from llmq.jit import compile_log
     from quant.guide import Running
     from quant.imatrix import write_imatrix
     from quant.quantize import quantize as quantize_tensors
     from quant.recipe import PRESETS, parse_override
+    from quant.source import open_source
 
     preset = preset.lower()
     if preset not in PRESETS:
         raise UsageError(f"there is no type {preset[:40]!a}; there are {', '.join(PRESETS)}")
     overrides = [parse_override(text) for text in tensor_type or ()]
-    n_bytes = checked_budget(optimize, file_size, bpw)
+    budget = checked_budget(preset, optimize, file_size, bpw)
+    calibrate = calibrate or text is not None
+    check_guides(calibrate, imatrix, save_imatrix)
     if out is None:
-        out = default_out(source, label(preset, optimize, file_size, bpw))
+        out = default_out(source, budget.label if budget else preset)
+    if report:
+        check_page(report)
+    read = [*open_source(source).files, *(Path(name) for name in (text, imatrix) if name)]
+    check_outputs([path for path in (out, save_imatrix, report) if path], read)
     compile_log.listener = show_compiling
-    budgeted = optimize or n_bytes is not None or bpw is not None
-    words = calibration_text(text) if calibrate or text is not None or budgeted else None
-    # A text for the budget alone does not guide the encoders.
-    guide_words = words if calibrate or text is not None else None
-    guides, guided_by = open_guides(source, guide_words, text, imatrix)
-    if save_imatrix and not isinstance(guides, Running):
-        raise UsageError("--save-imatrix keeps what a calibration saw; add --calibrate")
-    mix = None
-    if words is not None and budgeted:
-        # Asked layer by layer, as the encoders will ask again.
-        asked, _ = open_guides(source, guide_words, text, imatrix)
-        mix, preset = choose_mix(source, preset, words, asked, overrides, file_size=n_bytes, bits=bpw)
+
+    words = read_words(text) if calibrate or budget else None
+    knowledge = open_guides(source, words if calibrate else None, imatrix)
+    mix, remarks = None, list(knowledge.remarks)
+    if words and budget:
+        # The encoders ask again, layer by layer.
+        guides = open_guides(source, words if calibrate else None, imatrix).guides
+        mix, preset = choose_mix(source, budget, words.text, guides, overrides)
+        remarks.append(f"types for {budget.label} by sensitivity on {words.name}")
     quantized = quantize_tensors(
-        source, out, preset, overrides=overrides, guides=guides, guided_by=guided_by, fast=fast, mix=mix
+        source,
+        out,
+        preset,
+        overrides=overrides,
+        guides=knowledge.guides,
+        guided_by=knowledge.sha256,
+        fast=fast,
+        mix=mix,
+        remarks=remarks,
     )
-    reports = cast("Generator[TensorReport]", quantized)
     try:
-        with contextlib.closing(reports):
-            show_reports(reports, f"{one_line(source.name, 40)} to {preset}")
+        with contextlib.closing(cast("Generator[TensorReport]", quantized)) as reports:
+            done = show_reports(reports, f"{one_line(source.name, 40)} to {budget.label if budget else preset}")
     except (KeyboardInterrupt, SystemExit):
         note("stopped; the same command goes on from here")
         raise
-    if save_imatrix and isinstance(guides, Running):
-        write_imatrix(save_imatrix, guides.finish())
+    if save_imatrix and isinstance(knowledge.guides, Running):
+        write_imatrix(save_imatrix, knowledge.guides.finish())
+    if report:
+        write_page(report, source, out, done, run=words is not None, calibrated=bool(knowledge.sha256))
     name = out.stem if out.parent == models_dir() else str(out)
     note(f"{size(out.stat().st_size)} written; talk to it: llmq chat {one_line(name)}")
     sys.stdout.write(f"{one_line(str(out), 4096)}\n")
 
 
-def label(preset: str, optimize: bool, file_size: str | None, bpw: float | None) -> str:
-    """The end of the file's name."""
-    if file_size is not None:
-        return re.sub(r"\s", "", file_size).lower()
-    if bpw is not None:
-        return f"{bpw:g}bpw"
-    return f"{preset}-optimized" if optimize else preset
-
-
-def calibration_text(text: str | None) -> str:
-    from quant.calibration import DEFAULT_TEXT
-
-    return read_text(text or str(DEFAULT_TEXT))
-
-
-def open_guides(source: Path, words: str | None, text: str | None, imatrix: Path | None) -> "tuple[Guides, str]":
-    """What tells the encoders which errors matter, and a name for it that another text or file does not have."""
-    from quant.calibration import DEFAULT_TEXT
-    from quant.guide import Running, digest, guides_of, no_guide
-    from quant.imatrix import read_imatrix
-    from quant.source import open_source
-
-    if words is not None and imatrix:
-        raise UsageError("--calibrate and --imatrix are two sources for one thing; give one of them")
-    if imatrix:
-        shapes = {weights.name: weights.shape for weights in open_source(source).weights}
-        return guides_of(read_imatrix(imatrix, shapes)), digest(imatrix.read_bytes())
-    if words is None:
-        return no_guide, ""
-    return Running(source, words, Path(text or DEFAULT_TEXT).name), digest(words.encode())
-
-
-def default_out(source: Path, preset: str) -> Path:
-    """<source>-<type> in the store; a GGUF's name loses the type at its end, so that none is piled on another."""
+def default_out(source: Path, label: str) -> Path:
+    """<source>-<label> in the store; a GGUF's name loses the type at its end, so that none is piled on another."""
     stem = source.absolute().name if source.is_dir() else source.stem
     stem = re.sub(r"[-.](f16|bf16|f32|fp16|fp32)$", "", stem, flags=re.IGNORECASE)
-    if not NAME.fullmatch(f"{stem}-{preset}"):
-        raise UsageError(f"{f'{stem}-{preset}'[:70]!a} is not a model name; give the file to write with -o")
-    path = model_path(f"{stem}-{preset}")
+    if not NAME.fullmatch(f"{stem}-{label}"):
+        raise UsageError(f"{f'{stem}-{label}'[:70]!a} is not a model name; give the file to write with -o")
+    path = model_path(f"{stem}-{label}")
     make_private(path.parent)
     return path
-
-
-def show_reports(reports: "Iterator[TensorReport]", title: str) -> None:
-    """A progress bar on a terminal; elsewhere, one line per tensor."""
-    if not is_terminal(sys.stderr):
-        for report in reports:
-            note(describe(report))
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    # The tensor's name comes from a file: markup stays off for it.
-    columns = (
-        TextColumn("{task.fields[title]}", markup=False),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}", markup=False),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=None, title=title)
-        for report in reports:
-            progress.update(task, completed=report.index + 1, total=report.total, description=describe(report))
-
-
-def describe(report: "TensorReport") -> str:
-    return (
-        f"{one_line(report.name, 64)} {'x'.join(map(str, report.shape))} {one_line(report.source, 10)} -> "
-        f"{report.format.name}, {size(report.n_bytes)}, error {report.rms_error:.2%}"
-        f"{', done before' if report.resumed else ''}"
-    )

@@ -27,7 +27,7 @@ if sys.platform == "win32":
 else:
     import fcntl
 
-Note = dict[str, float]
+Note = dict[str, Any]  # of what JSON gives back as it was
 
 # How much may be lost when the power goes: what was finished since the last save.
 SAVE_BYTES = 64 << 20

@@ -44,8 +44,8 @@ def allocate(options: Mapping[str, list[Option]], budget: int) -> dict[str, Form
     left = budget - sum(option.n_bytes for option in chosen.values())
     if left < 0:
         raise UsageError(
-            f"the smallest mix of types is {(budget - left) / 1e6:.1f} MB and the budget {budget / 1e6:.1f} MB; "
-            "give a larger one"
+            f"the matrices take at least {(budget - left) / 1e6:.1f} MB, and the budget leaves them "
+            f"{max(budget, 0) / 1e6:.1f} MB; give a larger one"
         )
     steps = [(_saved(a, b), name, a, b) for name, line in hulls.items() for a, b in pairwise(line)]
     # A hull's own steps come in its order, because each saves less for a byte than the one before.

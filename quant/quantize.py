@@ -1,12 +1,12 @@
 """The quantizer: every tensor of a source, a few rows at a time, through recipe and encoder into one GGUF file."""
 
 import functools
+import hashlib
 import json
-import math
 import os
 import stat
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from llmq.jit import source_stamp
 from llmq.part import Note, explained, part_paths
 from quant.encode import FAST, ROUNDS, check_range, encode_guided, squared_error
 from quant.guide import Guide, Guides, no_guide
+from quant.receipt import PREFIX, measured, receipt, relative, row_digests, settings
 from quant.recipe import PRESETS, Override, assign
 from quant.source import Source, Weights, in_layer_order, open_source
 
@@ -74,9 +75,13 @@ class _Chunk:
 
 @dataclass(frozen=True, slots=True)
 class _Encoded:
+    """`squared_error` and `squared_size` are of `n_measured` weights; `digests` are those of the source's rows."""
+
     packed: np.ndarray
     squared_error: float
     squared_size: float
+    n_measured: int
+    digests: bytes
 
 
 def quantize(
@@ -88,6 +93,7 @@ def quantize(
     overrides: Sequence[Override] = (),
     guides: Guides = no_guide,
     guided_by: str = "",
+    remarks: Sequence[str] = (),
     fast: bool = False,
     mix: Mapping[str, Format] | None = None,
 ) -> Iterator[TensorReport]:
@@ -97,9 +103,10 @@ def quantize(
     finished stays in `<out>.part`, and the next call of the same kind goes on from there; an error of the source
     removes it. The bytes depend neither on that nor on `threads` (default: one per available processor). A tensor that
     already has the wanted format is copied. `overrides` give the tensors that they match another format than the
-    preset does. `guides` tell what is known of the tensors' inputs, and `guided_by` names that knowledge: another name
-    starts an interrupted run over. `fast` leaves out the joint fit of scales. `mix` gives the formats of matrices in
-    place of preset and overrides.
+    preset does. `guides` tell what is known of the tensors' inputs, and `guided_by` names that knowledge, by a sha256
+    of what it comes from: another name starts an interrupted run over. `fast` leaves out the joint fit of scales. `mix`
+    gives the formats of matrices in place of preset and overrides. `remarks` are for the receipt that the file carries
+    (quant.receipt): words about guides and mix.
 
     Raises UsageError (unknown preset; an override that fits no tensor; `out` is a source, a folder, no regular file, or
     being written), ResourceError (disk space, memory), FileFormatError and UnsupportedError (the source).
@@ -113,9 +120,11 @@ def quantize(
     formats = assign(PRESETS[preset], shapes, overrides=overrides, calibrated=guides is not no_guide)
     formats |= mix or {}
     specs = [TensorSpec(weights.name, weights.shape, formats[weights.name]) for weights in tensors]
-    metadata = source.metadata | {
+    metadata = {key: value for key, value in source.metadata.items() if not key.startswith(PREFIX)}
+    metadata |= {
         "general.file_type": PRESETS[preset].file_type,
         "general.quantization_version": QUANTIZATION_VERSION,
+        **receipt(src, preset, settings(fast, overrides, remarks), guided_by),
     }
     n_threads = threads or _available()
     check_memory(source, n_threads)
@@ -123,7 +132,9 @@ def quantize(
     plan = list(zip(tensors, specs, strict=True))
     with ThreadPoolExecutor(n_threads) as pool, GGUFWriter(out, metadata, specs, job) as writer:
         run = functools.partial(in_order, pool, _encode, ahead=2 * n_threads)
-        yield from _write(plan, writer, run, guides, FAST if fast else ROUNDS, source.release)
+        notes = yield from _write(plan, writer, run, guides, FAST if fast else ROUNDS, source.release)
+        for key, value in measured(specs, notes).items():
+            writer.amend(key, value)
 
 
 def _job(source: Source, *settings: str) -> str:
@@ -139,34 +150,44 @@ def _write(
     guides: Guides,
     rounds: int,
     release: Callable[[], None],
-) -> Iterator[TensorReport]:
-    done = 0
-    while done < len(tensors) and (note := writer.take_over()) is not None:
-        yield _report(tensors, done, note, resumed=True)
-        done += 1
+) -> Generator[TensorReport, None, list[Note]]:
+    """Returns what was noted of each tensor: what the receipt is made of."""
+    notes: list[Note] = []
+    while len(notes) < len(tensors) and (note := writer.take_over()) is not None:
+        notes.append(note)
+        yield _report(tensors, len(notes) - 1, note, resumed=True)
+    done = len(notes)
     # Made as they are asked for: guides of a later layer come from running the model that far.
     chunks = (chunk for weights, spec in tensors[done:] for chunk in _chunks(weights, spec.format, guides, rounds))
     results = run(chunks)
     n_written = 0
     for index in range(done, len(tensors)):
+        weights, spec = tensors[index]
         error = size = 0.0
-        for _ in _starts(tensors[index][0]):
+        n_measured, digest = 0, hashlib.sha256()
+        for _ in _starts(weights):
             result = next(results)
-            writer.write(tensors[index][1].name, result.packed)
+            writer.write(spec.name, result.packed)
             error += result.squared_error
             size += result.squared_size
+            n_measured += result.n_measured
+            digest.update(result.digests)
             n_written += 1
             if n_written % RELEASED_CHUNKS == 0:
                 release()
-        note = {"rms_error": math.sqrt(error / size) if size else 0.0}
+        whole = weights.n_rows * spec.shape[-1] / n_measured
+        note = {"squared_error": error * whole, "squared_size": size * whole, "sha256": digest.hexdigest()}
         writer.record(note)
+        notes.append(note)
         yield _report(tensors, index, note, resumed=False)
+    return notes
 
 
 def _report(tensors: list[tuple[Weights, TensorSpec]], index: int, note: Note, *, resumed: bool) -> TensorReport:
     weights, spec = tensors[index]
+    error = relative(note["squared_error"], note["squared_size"])
     return TensorReport(
-        spec.name, spec.shape, weights.source, spec.format, spec.n_bytes, index, len(tensors), **note, resumed=resumed
+        spec.name, spec.shape, weights.source, spec.format, spec.n_bytes, index, len(tensors), error, resumed
     )
 
 
@@ -197,7 +218,7 @@ def _encode(chunk: _Chunk) -> _Encoded:
         expert = chunk.start // weights.shape[-2] if len(weights.shape) > 1 else 0
         packed = encode_guided(fmt, rows, chunk.guide, expert, rounds=chunk.rounds)
     off, size = squared_error(fmt, rows, packed) if chunk.measured else (0.0, 0.0)
-    return _Encoded(packed, off, size)
+    return _Encoded(packed, off, size, rows.size if chunk.measured else 0, row_digests(rows, weights.source))
 
 
 def in_order(

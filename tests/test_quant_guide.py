@@ -1,4 +1,4 @@
-"""What encoders are told of a tensor's inputs, and that the quantizer makes the best of it, always in the same bytes."""
+"""What encoders are told of a tensor's inputs, and that the quantizer makes the best of it in the same bytes."""
 
 import hashlib
 from collections.abc import Iterator

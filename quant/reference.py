@@ -1,0 +1,69 @@
+"""A source's probabilities, for what was made of it to be compared with: layer by layer, as calibration runs it.
+
+Every weight is read from disk once, and a checkpoint's experts are together one layer at a time.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+
+from llmq.cores import usable_cores
+from llmq.engine.cpu import BATCH, Engine
+from llmq.errors import FileFormatError
+from llmq.formats import dequantize
+from llmq.gguf import GGUF
+from llmq.sampler import NOT_NUMBERS
+from quant.calibrate import rms_norm
+from quant.evaluate import log_softmax
+from quant.model import SourceModel, open_model
+
+# Rows of the output matrix that are float32 at a time.
+OUTPUT_ROWS = 1 << 12
+
+
+def source_log_probs(src: Path, pieces: Sequence[Sequence[int]], *, threads: int | None = None) -> Iterator[np.ndarray]:
+    """What quant.evaluate.chunk_log_probs gives, of a checkpoint folder or a GGUF file: float64 [n, vocab_size] for
+    each chunk of up to 512 ids. All layers are run before the first.
+
+    Raises what open_model raises, and FileFormatError for weights that give no numbers.
+    """
+    model = open_model(src)
+    hidden = _run(model, pieces, threads or usable_cores())
+    for piece, x in zip(pieces, hidden, strict=True):
+        logits = _logits(model, x[len(piece) // 2 :])
+        if not np.isfinite(logits).all():
+            raise FileFormatError(NOT_NUMBERS)
+        yield log_softmax(logits)
+
+
+def _run(model: SourceModel, pieces: Sequence[Sequence[int]], n_threads: int) -> list[np.ndarray]:
+    """Hidden states after the last layer, float32 [n - 1, dim] for each chunk of n ids, of all but its last."""
+    inputs = [list(piece[:-1]) for piece in pieces]
+    hidden = [np.empty((len(ids), model.config.dim), np.float32) for ids in inputs]
+    assert max(map(len, inputs)) <= BATCH
+    with closing(Engine(model.gguf, model.config, n_threads)) as engine:
+        ring = engine.ring(max(map(len, inputs)))
+        for i in range(model.config.n_layers):
+            model.prepare(i)
+            for ids, x in zip(inputs, hidden, strict=True):
+                state = engine.embed(ids, range(len(ids)), [ring] * len(ids))
+                if i > 0:
+                    state[:] = x
+                engine.run_layer(i)
+                x[:] = state
+            model.release()
+    return hidden
+
+
+# What is not finite is found by the caller.
+@np.errstate(over="ignore", invalid="ignore")
+def _logits(model: SourceModel, x: np.ndarray) -> np.ndarray:
+    """float32 [n, vocab_size] of hidden states [n, dim]."""
+    gguf: GGUF = model.gguf
+    name = "token_embd.weight" if model.config.tied_embeddings else "output.weight"
+    normed = rms_norm(x, gguf, "output_norm.weight", model.config.rms_eps)
+    rows, fmt = gguf.data(name), gguf.tensors[name].format
+    blocks = (dequantize(fmt, rows[at : at + OUTPUT_ROWS]) for at in range(0, len(rows), OUTPUT_ROWS))
+    return np.concatenate([normed @ block.reshape(-1, normed.shape[1]).T for block in blocks], axis=1)
