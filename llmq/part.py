@@ -150,6 +150,9 @@ class PartFile:
                 self._save()
                 self._wait()
         else:
+            # A journal that is still being written would come back.
+            with contextlib.suppress(LlmqError):
+                self._wait()
             with contextlib.suppress(OSError):  # which must not hide `error`
                 self._remove_journal()
                 self._path.unlink(missing_ok=True)
