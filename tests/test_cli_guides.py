@@ -127,7 +127,7 @@ def test_a_saved_calibration_serves_again(model, capsys) -> None:
 
 
 def test_an_interrupted_calibration_saves_all_the_same(model, capsys) -> None:
-    """The first layer was done before, and is run again for what it reads."""
+    """All tensors were done before, so that none asks for a guide; what they read is kept nevertheless."""
     made(capsys, "--text", "text.txt", "--save-imatrix", "whole.gguf")
     Path("out.gguf").unlink()
     reports = quantize(
@@ -136,12 +136,12 @@ def test_an_interrupted_calibration_saves_all_the_same(model, capsys) -> None:
         remarks=[f"calibrated on text.txt, {n_tokens(model, TEXT)} tokens"],
     )  # fmt: skip
     for report in reports:
-        if report.index == 10:
+        if report.index == report.total - 1:
             break
     reports.close()
     code, _, err = llmq(capsys, "-o", "out.gguf", "--text", "text.txt", "--save-imatrix", "rest.gguf")
     assert code == 0, err
-    assert err.count("done before") == 11
+    assert err.count("done before") == len(tensors(Path("out.gguf")))
     assert Path("rest.gguf").read_bytes() == Path("whole.gguf").read_bytes()
 
 
