@@ -75,11 +75,11 @@ def quantize(
     report: Report = None,
 ) -> None:
     """Make a GGUF file of a checkpoint, or a smaller one of a GGUF file."""
-    from cli.outputs import check_outputs
     from cli.report import check_page, write_page
     from llmq.jit import compile_log
     from quant.guide import Running
     from quant.imatrix import write_imatrix
+    from quant.outputs import check_outputs
     from quant.quantize import quantize as quantize_tensors
     from quant.recipe import PRESETS, parse_override
     from quant.source import open_source

@@ -44,6 +44,7 @@ def part_paths(target: Path) -> tuple[Path, Path, Path]:
 
 class PartFile:
     """A head, written anew by every run, and pieces after it, in order; open() first, then one of the last three.
+    A target that is a link is followed.
 
     A piece is either taken over from an earlier run of the same `job` or written and recorded. What is recorded is
     flushed to disk and told in the journal by a thread, after SAVE_SECONDS or SAVE_BYTES, whichever comes first.
@@ -53,9 +54,9 @@ class PartFile:
     """
 
     def __init__(self, target: Path, job: str = "") -> None:
-        self.target = target
+        self.target = Path(os.path.realpath(target))
         self._job = job
-        self._path, self._journal, self._new = part_paths(target)
+        self._path, self._journal, self._new = part_paths(self.target)
         self._descriptor = -1
         self._earlier: deque[dict[str, Any]] = deque()  # pieces of an earlier run, not yet checked
         self._pieces: list[dict[str, Any]] = []
@@ -66,9 +67,8 @@ class PartFile:
 
     def open(self, head: bytes, n_bytes: int) -> None:
         """Begins a file of `n_bytes`, or continues one."""
+        check_target(self.target)
         with explained(self.target):
-            if self.target.is_dir():
-                raise UsageError(f"cannot write {quoted(str(self.target), 120)}: it is a folder; give a file name")
             self._check_space(n_bytes)
             self._descriptor = self._hold()
         try:
@@ -150,6 +150,9 @@ class PartFile:
                 self._save()
                 self._wait()
         else:
+            # A journal that is still being written would come back.
+            with contextlib.suppress(LlmqError):
+                self._wait()
             with contextlib.suppress(OSError):  # which must not hide `error`
                 self._remove_journal()
                 self._path.unlink(missing_ok=True)
@@ -232,6 +235,20 @@ class PartFile:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+
+
+def check_target(target: Path) -> None:
+    """UsageError where no file can be written."""
+    with explained(target):
+        if target.is_dir():
+            what = "it is a folder"
+        elif target.exists() and not target.is_file():
+            what = "it is not a regular file"
+        elif not target.parent.is_dir():
+            what = "its folder is not there"
+        else:
+            return
+    raise UsageError(f"cannot write {quoted(str(target), 120)}: {what}; give the path of a file")
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from quant.files import damaged, locate, parse_json, read_file
 from quant.safetensors import Stored, open_safetensors
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+CONFIG, TOKENIZER_CONFIG, ADDED_TOKENS = "config.json", "tokenizer_config.json", "added_tokens.json"
 CONFIG_LIMIT, INDEX_LIMIT = 16 << 20, 64 << 20
 MAX_TENSORS, MAX_SHARDS = 200_000, 2_000
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -49,23 +50,19 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         maps.append(mapped)
         _check_shard(shard, expected, found)
         tensors |= found
-    small = {name: _optional_json(folder, name) for name in ("tokenizer_config.json", "added_tokens.json")}
-    config_path = locate(folder, "config.json")
+    optional = [name for name in (TOKENIZER_CONFIG, ADDED_TOKENS) if (folder / name).exists()]
+    paths = {name: locate(folder, name) for name in (CONFIG, *optional)}
+    parsed = {name: parse_json(name, read_file(path, CONFIG_LIMIT)) for name, path in paths.items()}
+    index = [] if SINGLE in shards else [locate(folder, INDEX)]
     return Checkpoint(
         folder=folder,
-        config=parse_json("config.json", read_file(config_path, CONFIG_LIMIT)),
-        tokenizer_config=small["tokenizer_config.json"],
-        added_tokens=small["added_tokens.json"],
+        config=parsed[CONFIG],
+        tokenizer_config=parsed.get(TOKENIZER_CONFIG, {}),
+        added_tokens=parsed.get(ADDED_TOKENS, {}),
         tensors=tensors,
         maps=tuple(maps),
-        files=(*files, config_path),
+        files=(*files, *index, *paths.values()),
     )
-
-
-def _optional_json(folder: Path, name: str) -> dict[str, Any]:
-    if not (folder / name).exists():
-        return {}
-    return parse_json(name, read_file(locate(folder, name), CONFIG_LIMIT))
 
 
 def _shards(folder: Path) -> dict[str, set[str] | None]:

@@ -4,7 +4,6 @@ import functools
 import hashlib
 import json
 import os
-import stat
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,9 +18,10 @@ from llmq.errors import ResourceError, UsageError
 from llmq.formats import Format
 from llmq.gguf import GGUFWriter, TensorSpec, quoted
 from llmq.jit import source_stamp
-from llmq.part import Note, explained, part_paths
+from llmq.part import Note
 from quant.encode import FAST, ROUNDS, check_range, encode_guided, squared_error
 from quant.guide import Guide, Guides, no_guide
+from quant.outputs import check_outputs
 from quant.receipt import PREFIX, measured, receipt, relative, row_digests, settings
 from quant.recipe import PRESETS, Override, assign
 from quant.source import Source, Weights, in_layer_order, open_source
@@ -114,7 +114,7 @@ def quantize(
     if preset not in PRESETS:
         raise UsageError(f"there is no type {quoted(preset)}; choose from {', '.join(PRESETS)}")
     source = open_source(src)
-    out = _check_target(out, source.files)
+    check_outputs([out], source.files)
     tensors = in_layer_order(source.weights)
     shapes = {weights.name: weights.shape for weights in tensors}
     formats = assign(PRESETS[preset], shapes, overrides=overrides, calibrated=guides is not no_guide)
@@ -257,19 +257,3 @@ def check_memory(source: Source, n_threads: int) -> None:
 
 def _available() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _check_target(out: Path, sources: tuple[Path, ...]) -> Path:
-    """The real path to write to, links followed; refuses one that is read from, by whatever name."""
-    out = Path(os.path.realpath(out))
-    with explained(out):
-        inputs = [
-            path for path in (out, *part_paths(out)) if path.exists() and any(path.samefile(other) for other in sources)
-        ]
-    if inputs:
-        raise UsageError(
-            f"{quoted(inputs[0].name)} is the input itself, which would be destroyed; give another output file"
-        )
-    if out.exists() and not stat.S_ISREG(out.stat().st_mode) and not out.is_dir():
-        raise UsageError(f"cannot write {quoted(str(out), 120)}: it is not a regular file; give a file name")
-    return out

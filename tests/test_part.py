@@ -6,6 +6,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,33 @@ def test_nothing_is_left_of_a_source_that_cannot_be(tmp_path: Path, error: LlmqE
     write(tmp_path / "x", stop=3)
     write(tmp_path / "x", stop=4, error=error)
     assert not list(tmp_path.iterdir())
+
+
+class Late:
+    """In place of the thread: does what it is given when that is waited for, and the last thing at its end."""
+
+    def __init__(self, _n_threads: int) -> None:
+        self.work: Callable[[], None] | None = None
+
+    def submit(self, function: Callable[[bytes], None], journal: bytes) -> "Late":
+        self.work = lambda: function(journal)
+        return self
+
+    def result(self) -> None:
+        work, self.work = self.work, None
+        if work:
+            work()
+
+    shutdown = result
+
+
+def test_a_journal_that_is_late_does_not_come_back(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(module, "ThreadPoolExecutor", Late)
+    monkeypatch.setattr(module, "SAVE_SECONDS", 0)
+    write(tmp_path / "x", stop=3, error=FileFormatError("damaged"))
+    assert not list(tmp_path.iterdir())
+    write(tmp_path / "x", stop=3)
+    assert write(tmp_path / "x") == [0, 1, 2]
 
 
 def test_nothing_is_left_where_no_piece_was_finished(tmp_path: Path) -> None:

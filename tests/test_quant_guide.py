@@ -1,6 +1,7 @@
 """What encoders are told of a tensor's inputs, and that the quantizer makes the best of it in the same bytes."""
 
 import hashlib
+import weakref
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -12,16 +13,18 @@ import pytest
 from checkpoints import safetensors_bytes, stored, write_checkpoint
 from tiny import tiny_gguf
 
-from llmq.formats import F32, Q4_K, dequantize
+from llmq.errors import FileFormatError
+from llmq.formats import F32, Q3_K, Q4_K, dequantize
 from llmq.gguf import open_gguf
 from llmq.tokenizer import load_tokenizer
 from quant import quantize as module
 from quant.calibrate import calibrate, gather
-from quant.encode import encode
+from quant.encode import FAST, ROUNDS, encode
 from quant.feedback import prepare
 from quant.guide import Guide, Guides, Running, blend, guides_of, no_guide
 from quant.quantize import TensorReport, quantize
 from quant.recipe import parse_override
+from quant.source import open_source
 
 # Chunks of 48 tokens, so that a short text has some to hold out.
 SMALL: dict[str, Any] = {"max_position_embeddings": 48, "num_hidden_layers": 1}
@@ -99,6 +102,19 @@ def test_a_run_may_begin_in_the_middle(tmp_path: Path) -> None:
         assert (ours.inputs[name].sum_squares == inputs.sum_squares).all()
 
 
+def test_guides_of_one_layer_are_in_memory_at_a_time(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, **SMALL | {"num_hidden_layers": 3})
+    running = Running(tmp_path, TEXT, "a text", threads=2)
+    earlier: list[weakref.ref[np.ndarray]] = []
+    for name in ("blk.0.attn_q.weight", "blk.1.ffn_down.weight", "blk.2.attn_v.weight", "output.weight"):
+        guide = running(name)
+        assert guide is not None
+        assert guide.held is not None
+        assert [array() for array in earlier] == [None] * len(earlier)
+        earlier = [weakref.ref(array) for array in (guide.held, guide.importance, guide.feedback[0].around)]
+        del guide
+
+
 def test_routers_have_no_guide(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, **SMALL, **EXPERTS)
     running = Running(tmp_path, TEXT, "a text", threads=2)
@@ -154,10 +170,16 @@ def stop_after(source: Path, out: Path, n_tensors: int, guides: Guides, guided_b
 def test_the_same_bytes_for_any_number_of_threads_and_after_a_stop(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(module, "CHUNK", 256 * 60)
     source = tmp_path / "model"
-    write_checkpoint(source, **SMALL | EXPERTS | {"num_hidden_layers": 2})
+    smaller = {"num_hidden_layers": 2, "num_local_experts": 4, "intermediate_size": 256}
+    write_checkpoint(source, **SMALL | EXPERTS | smaller)
     run(source, tmp_path / "one.gguf", "q3_k_m", Running(source, TEXT, "a text", threads=1), threads=1)
     run(source, tmp_path / "three.gguf", "q3_k_m", Running(source, TEXT, "a text", threads=3), threads=3)
     assert digest(tmp_path / "one.gguf") == digest(tmp_path / "three.gguf")
+    run(source, tmp_path / "plain.gguf", "q3_k_m", no_guide)
+    guided, plain = tensors(tmp_path / "one.gguf"), tensors(tmp_path / "plain.gguf")
+    same = {name.removeprefix("blk.0.").removeprefix("blk.1.") for name in plain if plain[name] == guided[name]}
+    unguided = {"attn_norm.weight", "ffn_norm.weight", "ffn_gate_inp.weight", "output_norm.weight", "token_embd.weight"}
+    assert same == unguided
     # In the middle of the second layer.
     stop_after(source, tmp_path / "out.gguf", 14, Running(source, TEXT, "a text", threads=2))
     reports = run(source, tmp_path / "out.gguf", "q3_k_m", Running(source, TEXT, "a text", threads=2))
@@ -204,14 +226,14 @@ def test_products_with_another_text_come_out_better(tmp_path: Path) -> None:
 
 
 def test_feedback_goes_where_it_is_worse_on_text_held_out(tmp_path: Path, monkeypatch: Any) -> None:
-    """Inputs that go together in the text and against each other in what is held out, for one of two experts; columns
-    of equal weight, so that plain rounding has the least error where they do not correlate.
+    """Inputs that go together in the text and have nothing in common in what is held out, for one of two experts. There
+    each column counts by itself, as plain rounding takes it.
     """
     monkeypatch.setattr(module, "CHUNK", 256 * 64)
     name = "blk.0.ffn_gate_exps.weight"
     weights = tiny_gguf(tmp_path / "in.gguf", n_layers=1, n_experts=2, ffn_dim=256)
     together = np.full((1, 256, 256), 0.9) + 0.1 * np.eye(256)
-    apart = np.where(np.add.outer(np.arange(256), np.arange(256)) % 2, -0.9, 0.9)[None] + 0.1 * np.eye(256)
+    apart = np.eye(256)[None]
     importance, feedback = np.ones((2, 256), np.float32), prepare(together)
 
     def made(*held: np.ndarray) -> bytes:
@@ -230,7 +252,10 @@ def test_feedback_goes_where_it_is_worse_on_text_held_out(tmp_path: Path, monkey
     assert made(np.zeros((1, 256, 256)), together) == alone[0] + fed[1]
 
 
-def test_a_checkpoint_and_its_gguf_file_give_the_same_tensors(tmp_path: Path) -> None:
+def test_a_checkpoint_and_its_gguf_file_give_nearly_the_same(tmp_path: Path) -> None:
+    """Rotary pairs lie apart in a checkpoint, so its scores are summed in another order: what reads the embeddings is
+    the same to the bit, and of what comes after attention all but a few bytes are.
+    """
     source, converted = tmp_path / "model", tmp_path / "f32.gguf"
     write_checkpoint(source, **SMALL)
     list(quantize(source, converted, "f32"))
@@ -238,7 +263,9 @@ def test_a_checkpoint_and_its_gguf_file_give_the_same_tensors(tmp_path: Path) ->
         run(origin, tmp_path / out, "q4_k_m", Running(origin, TEXT, "", threads=2))
     ours, theirs = tensors(tmp_path / "a.gguf"), tensors(tmp_path / "b.gguf")
     assert ours.keys() == theirs.keys()
-    assert [name for name in ours if ours[name] != theirs[name]] == []
+    off = {name: np.mean(np.frombuffer(ours[name], np.uint8) != np.frombuffer(theirs[name], np.uint8)) for name in ours}
+    assert all(off[f"blk.0.{role}.weight"] == 0 for role in ("attn_q", "attn_k", "attn_v"))
+    assert max(off.values()) < 0.03
 
 
 @pytest.mark.parametrize("preset", ["q4_k_m", "q3_k_m", "iq4_xs", "q8_0"])
@@ -259,14 +286,27 @@ def test_widths_that_are_no_multiple_of_256(tmp_path: Path, preset: str) -> None
     assert (ours[name] == plain[name]) == (preset == "q8_0")
 
 
-def test_a_mixture_with_idle_experts(tmp_path: Path) -> None:
-    source = tmp_path / "model"
-    hf = write_checkpoint(source, **SMALL | EXPERTS | {"num_local_experts": 32})
-    layers = list(calibrate(source, "a b", threads=2))
-    assert 0 < (layers[0].inputs["blk.0.ffn_down_exps.weight"].counts == 0).sum() < 32
+def test_experts_that_read_nothing_go_by_what_all_read(tmp_path: Path) -> None:
+    source, name = tmp_path / "model", "blk.0.ffn_down_exps.weight"
+    write_checkpoint(source, **SMALL | EXPERTS | {"num_local_experts": 12, "intermediate_size": 256})
+    inputs = next(calibrate(source, "a b", threads=2)).inputs[name]
+    assert 0 < (inputs.counts == 0).sum() < 12
+    guide = Running(source, "a b", "", threads=2)(name)
+    assert guide is not None
+    for feedback in guide.feedback:
+        assert all(np.isfinite(part).all() for part in (feedback.importance, feedback.forward, feedback.around))
+        assert (feedback.importance > 0).all()
     reports = run(source, tmp_path / "out.gguf", "q4_k_m", Running(source, "a b", "", threads=2))
     assert all(report.rms_error < 0.12 for report in reports)
-    assert len(hf) > len(reports)
+    mean = inputs.sum_squares.sum(axis=0, dtype=np.float64) / inputs.counts.sum()
+    weights = next(weights for weights in open_source(source).weights if weights.name == name)
+    made = np.split(np.frombuffer(tensors(tmp_path / "out.gguf")[name], np.uint8), 12)
+    fmt = next(report.format for report in reports if report.name == name)
+    for expert, (sums, count) in enumerate(zip(inputs.sum_squares, inputs.counts, strict=True)):
+        rows = weights.rows(256 * expert, 256 * (expert + 1))
+        blended = (sums + 32 * mean) / (count + 32)
+        expected = encode(fmt, rows, np.maximum(blended, 1e-6 * blended.mean()).astype(np.float32))
+        assert (made[expert] == expected.ravel()).all()
 
 
 @pytest.mark.parametrize("preset", ["f16", "bf16", "f32", "q8_0"])
@@ -285,6 +325,20 @@ def test_fast_has_more_error(tmp_path: Path) -> None:
     assert all(a < b for a, b in quantized)
 
 
+@pytest.mark.parametrize("fed", [False, True])
+def test_fast_is_fast_with_a_guide_too(tmp_path: Path, fed: bool) -> None:
+    name = "blk.0.attn_q.weight"
+    rows = tiny_gguf(tmp_path / "in.gguf", n_layers=1)[name]
+    moments = np.full((1, 256, 256), 0.9) + 0.1 * np.eye(256)
+    importance, feedback = np.linspace(1, 9, 256, dtype=np.float32), prepare(moments) if fed else None
+    guide = Guide(importance[None], (feedback,) if feedback else (), moments[None].astype(np.float32))
+    fast, thorough = (encode(Q3_K, rows, importance, feedback, rounds=rounds).tobytes() for rounds in (FAST, ROUNDS))
+    for is_fast, expected in (True, fast), (False, thorough):
+        run(tmp_path / "in.gguf", tmp_path / "out.gguf", "q3_k_m", {name: guide}.get, fast=is_fast)
+        assert tensors(tmp_path / "out.gguf")[name] == expected
+    assert fast != thorough
+
+
 def order(reports: Iterator[TensorReport]) -> list[str]:
     return [report.name for report in reports]
 
@@ -300,8 +354,6 @@ def test_layers_come_first_and_in_their_order(tmp_path: Path) -> None:
 
 def test_weights_that_make_inputs_too_large(tmp_path: Path) -> None:
     """Values whose squares are no float32 numbers, which the next matrix brings back."""
-    from llmq.errors import FileFormatError
-
     source = tmp_path / "model"
     hf = write_checkpoint(source, **SMALL)
     for name, factor, where in (
