@@ -36,7 +36,7 @@ MOST_CHUNKS = 8
 # Weights that are encoded at a time.
 STRIP = 1 << 22
 # Of a weight in a strip, and of a token's probability: floats, their encoding, and what is between.
-STRIP_BYTES, PROBABILITY_BYTES = 24, 48
+STRIP_BYTES, PROBABILITY_BYTES = 24, 40
 FLOATS = (F32, F16, BF16)
 
 Tell = Callable[[int, int], None]
