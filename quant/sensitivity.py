@@ -1,9 +1,9 @@
 """How much it hurts a model when one of its tensors is quantized: measured, by quantizing that one and running it.
 
-A probe is the model with one tensor replaced by what three bits leave of it; the KL divergence of its predictions from
-those of the model itself tells how sensitive the model is to that tensor's error. All probes pass through a layer
-before the next one begins, so each weight is read from disk once. Of a deep model some layers are probed and those
-between interpolated.
+A probe is the model with one tensor replaced by what three bits leave of it (four, where rows are no blocks of 256);
+the KL divergence of its predictions from those of the model itself tells how sensitive the model is to that tensor's
+error. All probes pass through a layer before the next one begins, so each weight is read from disk once. Of a deep
+model some layers are probed and those between interpolated.
 """
 
 import math
@@ -47,8 +47,7 @@ def unheard(done: int, total: int) -> None:
 
 
 def probe_format(n_cols: int) -> Format:
-    """Of about three bits; F16, which hardly alters anything, where rows are no whole blocks."""
-    return next(fmt for fmt in (Q3_K, Q4_0, F16) if n_cols % fmt.block_size == 0)
+    return Q3_K if n_cols % Q3_K.block_size == 0 else Q4_0
 
 
 class Altered(GGUF):

