@@ -73,13 +73,15 @@ def check_budget(source: Source, budget: int, overrides: Sequence[Override] = ()
 
 
 def nearest_preset(source: Source, mix: Mapping[str, Format]) -> str:
-    """The quantized preset whose matrices take most nearly as many bytes: how other programs will name the mix."""
+    """Of the presets of such formats, the one whose matrices take most nearly as many bytes: how other programs will
+    name the mix.
+    """
     shapes = {weights.name: weights.shape for weights in source.weights}
 
     def n_bytes(formats: Mapping[str, Format]) -> int:
         return sum(TensorSpec(name, shapes[name], formats[name]).n_bytes for name in mix)
 
-    presets = [name for name, preset in PRESETS.items() if preset.base.block_size > 1]
+    presets = [name for name, preset in PRESETS.items() if preset.base in WIDE]
     return min(presets, key=lambda name: abs(n_bytes(assign(PRESETS[name], shapes)) - n_bytes(mix)))
 
 

@@ -103,7 +103,7 @@ def test_bits_are_of_all_matrices(tmp_path: Path) -> None:
     assert 4.4 < n_bits / n_weights <= 4.5
 
 
-@pytest.mark.parametrize("preset", [name for name, preset in PRESETS.items() if preset.base.block_size > 1])
+@pytest.mark.parametrize("preset", sorted(PRESETS.keys() - {"iq4_nl", "f16", "bf16", "f32"}))
 def test_a_preset_is_nearest_to_itself(tmp_path: Path, preset: str) -> None:
     """Or to another of as many bytes."""
     tiny_gguf(tmp_path / "in.gguf", n_layers=8)
@@ -157,6 +157,7 @@ def test_damage_is_sensitivity_times_error_over_the_probes(
 
 
 def test_guides_weigh_the_errors_of_every_expert(tmp_path: Path, monkeypatch: Any) -> None:
+    """Of 4 experts, 16 rows each are sampled: every second one."""
     weights = tiny_gguf(tmp_path / "in.gguf", n_layers=1, n_experts=4, ffn_dim=32)
     source, name = open_source(tmp_path / "in.gguf"), "blk.0.ffn_up_exps.weight"
     importance = np.random.default_rng(1).uniform(0.1, 9, (4, 256)).astype(np.float32)
@@ -169,7 +170,7 @@ def test_guides_weigh_the_errors_of_every_expert(tmp_path: Path, monkeypatch: An
         overrides=[parse_override("up_exps=q4_k")],
     )
     found = probed = 0.0
-    for expert, rows in enumerate(weights[name]):
+    for expert, rows in enumerate(np.ascontiguousarray(weights[name][:, ::2])):
         found += (error(Q4_K, rows, encode(Q4_K, rows, importance[expert])) * importance[expert]).sum()
         probed += (error(Q3_K, rows, encode(Q3_K, rows, rounds=FAST)) * importance[expert]).sum()
     (option,) = options[name]
