@@ -5,7 +5,7 @@ import itertools
 from fractions import Fraction
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from llmq.errors import UsageError
@@ -94,6 +94,13 @@ def test_what_is_left_goes_to_a_smaller_step() -> None:
     assert allocate({"a": a, "b": b}, 25) == {"a": FEW[0], "b": FEW[1]}
 
 
+def test_a_step_that_is_a_byte_too_large_is_not_taken() -> None:
+    a = options_of(tuple(FEW), [(10, 9.0), (20, 1.0)])
+    b = options_of(tuple(FEW), [(10, 2.0), (15, 1.5)])
+    assert allocate({"a": a, "b": b}, 34) == {"a": FEW[1], "b": FEW[0]}
+    assert allocate({"a": a, "b": b}, 35) == {"a": FEW[1], "b": FEW[1]}
+
+
 def test_too_small_a_budget_says_what_it_takes() -> None:
     options = {"a": [Option(FEW[0], 1_234_567, 1.0)]}
     with pytest.raises(UsageError, match="at least 1,234,567 bytes, and the budget leaves them 1,234,566; give a"):
@@ -121,6 +128,7 @@ def is_corner(option: Option, options: list[Option]) -> bool:
 
 
 @given(some_options.filter(lambda each: len({(option.n_bytes, option.damage) for option in each}) == len(each)))
+@example(options_of(tuple(FEW), [(1, 3.0), (2, 2.0), (3, 1.0), (9, 0.5)]))
 def test_a_hull_is_made_of_corners(options: list[Option]) -> None:
     corners = [option for option in options if is_corner(option, options)]
     assert hull(options) == sorted(corners, key=lambda option: option.n_bytes)
