@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,9 +12,10 @@ from cli.screen import note, size, status
 from llmq.errors import UsageError
 
 if TYPE_CHECKING:
+    from cli.guides import Knowledge, Words
     from llmq.formats import Format
-    from quant.guide import Guides
     from quant.recipe import Override
+    from quant.source import Source
 
 Optimize = Annotated[
     bool,
@@ -42,9 +43,20 @@ class Budget:
     label: str
 
 
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """The formats of all matrices, the preset that the file is named after, and words for its receipt."""
+
+    mix: "dict[str, Format]"
+    preset: str
+    remark: str
+
+
 def checked_budget(preset: str, optimize: bool, file_size: str | None, bits: float | None) -> Budget | None:
     """What is asked for; raises UsageError where it contradicts itself."""
+    from llmq.formats import Q8_0
     from quant.budget import parse_size
+    from quant.recipe import PRESETS
 
     if sum((optimize, file_size is not None, bits is not None)) > 1:
         raise UsageError("--optimize, --size and --bpw are three budgets; give one of them")
@@ -54,31 +66,70 @@ def checked_budget(preset: str, optimize: bool, file_size: str | None, bits: flo
         if not LEAST_BITS <= bits <= MOST_BITS:
             raise UsageError(f"--bpw takes {LEAST_BITS:g} to {MOST_BITS:g} bits a weight; 4.5 is usual")
         return Budget(preset, None, bits, f"{bits:g}bpw")
+    base = PRESETS[preset].base
+    if optimize and (base is Q8_0 or base.block_size == 1):
+        raise UsageError(f"--optimize mixes types of up to 8 bits, so there is nothing to choose for {preset}; drop it")
     return Budget(preset, None, None, f"{preset}-optimized") if optimize else None
 
 
 def choose_mix(
-    path: Path, budget: Budget, text: str, guides: "Guides", overrides: "Sequence[Override]"
-) -> "tuple[dict[str, Format], str]":
-    """The formats, and the preset that comes nearest in bytes."""
-    from quant.guide import no_guide
-    from quant.mix import best_mix, matrix_budget, nearest_preset
+    path: Path, budget: Budget, words: "Words", knowledge: "Knowledge", overrides: "Sequence[Override]", *, fast: bool
+) -> Chosen:
+    """Measures and searches; the guides of `knowledge` are used up."""
+    from quant.mix import best_mix, check_budget, nearest_preset
     from quant.sensitivity import sensitivities
     from quant.source import open_source
 
     source = open_source(path)
-    calibrated = guides is not no_guide
-    n_bytes = matrix_budget(source, budget.preset, size=budget.n_bytes, bits=budget.bits, calibrated=calibrated)
-    found = sensitivities(path, text, tell=show_sensitivity)
-    status.show("choosing types")
-    mix = best_mix(source.weights, found, n_bytes, guides=guides, overrides=overrides)
+    remark = f"types for {budget.label} by sensitivity on {words.name}"
+    n_bytes = bytes_for_matrices(path, source, budget, knowledge, overrides, remark, fast=fast)
+    check_budget(source, n_bytes, overrides)
+    found = sensitivities(path, words.text, tell=show_sensitivity)
+    mix = best_mix(source, found, n_bytes, guides=knowledge.guides, overrides=overrides, fast=fast, tell=show_choosing)
     status.clear()
     note(f"matrices get {size(n_bytes)}: {summary(mix)}")
-    return mix, nearest_preset(source, mix)
+    is_preset = budget.n_bytes is None and budget.bits is None
+    return Chosen(mix, budget.preset if is_preset else nearest_preset(source, mix), remark)
 
 
-def show_sensitivity(done: int, total: int) -> None:
-    status.show("measuring sensitivity", f"layer {done} of {total}")
+def bytes_for_matrices(
+    path: Path,
+    source: "Source",
+    budget: Budget,
+    knowledge: "Knowledge",
+    overrides: "Sequence[Override]",
+    remark: str,
+    *,
+    fast: bool,
+) -> int:
+    """What the budget leaves for all matrices together; the whole file is no larger than what was asked for."""
+    from quant.guide import no_guide
+    from quant.mix import budget_of_bits, file_bytes, matrix_budget
+    from quant.quantize import file_metadata
+    from quant.receipt import settings
+    from quant.recipe import PRESETS, assign
+
+    def metadata(preset: str, *more: str) -> "dict[str, Any]":
+        words = settings(fast, overrides, [*knowledge.remarks, *more])
+        return file_metadata(source, path, preset, words, knowledge.sha256)
+
+    if budget.bits is not None:
+        return budget_of_bits(source, budget.bits)
+    whole = budget.n_bytes
+    if whole is None:
+        shapes = {weights.name: weights.shape for weights in source.weights}
+        formats = assign(PRESETS[budget.preset], shapes, calibrated=knowledge.guides is not no_guide)
+        whole = file_bytes(source, formats, metadata(budget.preset))
+    # Which preset the file will be named after is not known yet.
+    return matrix_budget(source, whole, metadata(max(PRESETS, key=len), remark))
+
+
+def show_sensitivity(step: int, total: int) -> None:
+    status.show("measuring sensitivity", f"step {step} of {total}")
+
+
+def show_choosing(at: int, total: int) -> None:
+    status.show("choosing types", f"tensor {at} of {total}")
 
 
 def summary(mix: "dict[str, Format]") -> str:

@@ -103,10 +103,11 @@ def quantize(
     knowledge = open_guides(source, words if calibrate else None, imatrix)
     mix, remarks = None, list(knowledge.remarks)
     if words and budget:
-        # The encoders ask again, layer by layer.
-        guides = open_guides(source, words if calibrate else None, imatrix).guides
-        mix, preset = choose_mix(source, budget, words.text, guides, overrides)
-        remarks.append(f"types for {budget.label} by sensitivity on {words.name}")
+        # Its own, since guides of a run are given once, layer by layer.
+        known = open_guides(source, words if calibrate else None, imatrix)
+        chosen = choose_mix(source, budget, words, known, overrides, fast=fast)
+        mix, preset = chosen.mix, chosen.preset
+        remarks.append(chosen.remark)
     quantized = quantize_tensors(
         source,
         out,

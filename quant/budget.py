@@ -2,18 +2,21 @@
 
 Damage is the KL divergence that a tensor's error causes. Divergences of single tensors very nearly add up, so the best
 mix for a budget lies on each tensor's convex hull of bytes and damage: all steps along all hulls are sorted by damage
-saved for a byte, and taken while bytes are left. That is the Lagrangian solution, with the rest of the budget filled.
+saved for a byte, and taken while bytes are left. That is the Lagrangian solution (Everett 1963; for bits: Shoham and
+Gersho 1988), with the rest of the budget filled: no mix is better by more than one step.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from itertools import pairwise
 
 from llmq.errors import UsageError
 from llmq.formats import Format
 
-_SIZE = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
+_SIZE = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)\s*(?:([KMGT])(i?))?B?", re.ASCII | re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,13 +28,16 @@ class Option:
     damage: float
 
 
+Mix = dict[str, Option]
+
+
 def parse_size(text: str) -> int:
     """Bytes of a size such as 4.1GB (1000s) or 3800MiB (1024s). Raises UsageError."""
     match = _SIZE.fullmatch(text.strip())
     if not match:
         raise UsageError(f"{text[:40]!a} is not a size; give one like 4.1GB or 3800MiB")
     base = 1024 if match[3] else 1000
-    return int(float(match[1]) * base ** " KMGT".index(match[2].upper() or " "))
+    return int(Decimal(match[1]) * base ** " KMGT".index((match[2] or " ").upper()))
 
 
 def allocate(options: Mapping[str, list[Option]], budget: int) -> dict[str, Format]:
@@ -40,13 +46,23 @@ def allocate(options: Mapping[str, list[Option]], budget: int) -> dict[str, Form
     Raises UsageError where the smallest formats are more than that.
     """
     hulls = {name: hull(each) for name, each in options.items()}
-    chosen = {name: line[0] for name, line in hulls.items()}
-    left = budget - sum(option.n_bytes for option in chosen.values())
-    if left < 0:
+    smallest = {name: line[0] for name, line in hulls.items()}
+    least = _bytes(smallest)
+    if least > budget:
         raise UsageError(
-            f"the matrices take at least {(budget - left) / 1e6:.1f} MB, and the budget leaves them "
-            f"{max(budget, 0) / 1e6:.1f} MB; give a larger one"
+            f"the matrices take at least {least:,} bytes, and the budget leaves them {max(budget, 0):,}; "
+            "give a larger one"
         )
+    formats = sorted({option.format for each in options.values() for option in each}, key=lambda fmt: fmt.id)
+    mixes = [_climbed(hulls, budget), *(_uniform(options, smallest, fmt) for fmt in formats)]
+    best = min((mix for mix in mixes if _bytes(mix) <= budget), key=_damage)
+    return {name: option.format for name, option in best.items()}
+
+
+def _climbed(hulls: Mapping[str, list[Option]], budget: int) -> Mix:
+    """Up the hulls from the smallest formats, the steps that save most for a byte first."""
+    chosen = {name: line[0] for name, line in hulls.items()}
+    left = budget - _bytes(chosen)
     steps = [(_saved(a, b), name, a, b) for name, line in hulls.items() for a, b in pairwise(line)]
     # A hull's own steps come in its order, because each saves less for a byte than the one before.
     for _rate, name, before, after in sorted(steps, key=lambda step: (-step[0], step[1], step[2].n_bytes)):
@@ -54,7 +70,23 @@ def allocate(options: Mapping[str, list[Option]], budget: int) -> dict[str, Form
         if chosen[name] is before and cost <= left:
             chosen[name] = after
             left -= cost
-    return {name: option.format for name, option in chosen.items()}
+    return chosen
+
+
+def _uniform(options: Mapping[str, list[Option]], smallest: Mix, fmt: Format) -> Mix:
+    """One format for all that can have it: better where a step of one tensor is much of the budget."""
+    return {
+        name: next((option for option in each if option.format is fmt), smallest[name])
+        for name, each in options.items()
+    }
+
+
+def _bytes(mix: Mix) -> int:
+    return sum(option.n_bytes for option in mix.values())
+
+
+def _damage(mix: Mix) -> float:
+    return math.fsum(option.damage for option in mix.values())
 
 
 def hull(options: list[Option]) -> list[Option]:

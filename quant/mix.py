@@ -3,12 +3,13 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from llmq.errors import FileFormatError
 from llmq.formats import (
     F16,
+    F32,
     IQ4_NL,
     IQ4_XS,
     Q2_K,
@@ -21,83 +22,112 @@ from llmq.formats import (
     Q8_0,
     Format,
     dequantize,
-    row_bytes,
 )
 from llmq.gguf import GGUFWriter, TensorSpec
 from llmq.gguf_header import ALIGNMENT
 from quant.budget import Option, allocate
-from quant.encode import FAST, encode, encode_guided
+from quant.encode import FAST, ROUNDS, check_range, encode, encode_guided
 from quant.feedback import weighted_error
 from quant.guide import Guide, Guides, no_guide
-from quant.recipe import PRESETS, Override, Shape, assign, override_of, takes_type
-from quant.sensitivity import probe_format
+from quant.recipe import PRESETS, Override, assign, override_of, takes_type
+from quant.sensitivity import Tell, probe_format, unheard
 from quant.source import Source, Weights, in_layer_order
 
 # What rows of whole blocks of 256 can be, and shorter ones; others at the same size are worse.
 WIDE = (Q2_K, Q3_K, IQ4_XS, Q4_K, Q5_K, Q6_K, Q8_0)
 NARROW = (IQ4_NL, Q5_0, Q5_1, Q8_0)
 SAMPLED_ROWS = 64
-# Room in the header for what is written about how the file was made.
-RECEIPT_BYTES = 8192
 
 
-def matrix_budget(source: Source, preset: str, *, size: int | None, bits: float | None, calibrated: bool) -> int:
-    """Bytes for all matrices together, so that the file has `size` bytes at most, or a weight `bits` bits, or that
-    there are as many as the preset takes. Raises UsageError for a size that has no room for what is not quantized.
+def file_bytes(source: Source, formats: Mapping[str, Format], metadata: dict[str, Any]) -> int:
+    """Size of the file that has this metadata and the source's tensors in these formats."""
+    specs = [TensorSpec(weights.name, weights.shape, formats[weights.name]) for weights in source.weights]
+    return GGUFWriter(Path("unwritten"), metadata, specs).n_bytes
+
+
+def matrix_budget(source: Source, size: int, metadata: dict[str, Any]) -> int:
+    """Bytes for all matrices together in a file of `size` bytes that has this metadata; below 0 where there are none.
+
+    Of the whole file, whatever the matrices take is theirs: F32 stands for any format here.
     """
-    shapes = {weights.name: weights.shape for weights in source.weights}
-    formats = assign(PRESETS[preset], shapes, calibrated=calibrated)
-    matrices = [name for name, shape in shapes.items() if takes_type(name, shape)]
-    if bits is not None:
-        return int(sum(math.prod(shapes[name]) for name in matrices) * bits / 8)
-    needed = {name: _padded(math.prod(shapes[name][:-1]), shapes[name][-1], formats[name]) for name in matrices}
-    if size is None:
-        return sum(needed.values())
-    specs = [TensorSpec(name, shape, formats[name]) for name, shape in shapes.items()]
-    whole = GGUFWriter(Path("unwritten"), source.metadata, specs).n_bytes
-    return size - (whole - sum(needed.values())) - RECEIPT_BYTES
+    everything = dict.fromkeys((weights.name for weights in source.weights), F32)
+    matrices = sum(_in_file(source, weights, F32) for weights in _matrices(source))
+    return size - (file_bytes(source, everything, metadata) - matrices)
 
 
-def nearest_preset(source: Source, mix: Mapping[str, Format]) -> str:
-    """The quantized preset whose matrices take most nearly as many bytes: how other programs will name the mix."""
-    shapes = {weights.name: weights.shape for weights in source.weights}
-    n_bytes = _total(shapes, mix)
-    presets = [name for name, preset in PRESETS.items() if preset.base.block_size > 1]
-    return min(presets, key=lambda name: abs(_total(shapes, assign(PRESETS[name], shapes)) - n_bytes))
+def budget_of_bits(source: Source, bits: float) -> int:
+    """Bytes for all matrices together, at `bits` a weight."""
+    return int(sum(math.prod(weights.shape) for weights in _matrices(source)) * bits / 8)
 
 
-def _total(shapes: Mapping[str, Shape], formats: Mapping[str, Format]) -> int:
-    return sum(
-        TensorSpec(name, shape, formats[name]).n_bytes for name, shape in shapes.items() if takes_type(name, shape)
+def check_budget(source: Source, budget: int, overrides: Sequence[Override] = ()) -> None:
+    """Raises UsageError where best_mix() would: for an override that fits nothing, and for too small a budget."""
+    assign(PRESETS["q8_0"], {weights.name: weights.shape for weights in source.weights}, overrides=overrides)
+    allocate(
+        {
+            weights.name: [Option(fmt, _in_file(source, weights, fmt), 0.0) for fmt in _choices(weights, overrides)]
+            for weights in _matrices(source)
+        },
+        budget,
     )
 
 
-def _padded(n_rows: int, n_cols: int, fmt: Format) -> int:
-    n_bytes = n_rows * row_bytes(fmt, n_cols)
-    return n_bytes + -n_bytes % ALIGNMENT
+def nearest_preset(source: Source, mix: Mapping[str, Format]) -> str:
+    """Of the presets of such formats, the one whose matrices take most nearly as many bytes: how other programs will
+    name the mix.
+    """
+    shapes = {weights.name: weights.shape for weights in source.weights}
+
+    def n_bytes(formats: Mapping[str, Format]) -> int:
+        return sum(TensorSpec(name, shapes[name], formats[name]).n_bytes for name in mix)
+
+    presets = [name for name, preset in PRESETS.items() if preset.base in WIDE]
+    return min(presets, key=lambda name: abs(n_bytes(assign(PRESETS[name], shapes)) - n_bytes(mix)))
 
 
 def best_mix(
-    weights: Sequence[Weights],
+    source: Source,
     sensitivities: Mapping[str, float],
     budget: int,
     *,
     guides: Guides = no_guide,
     overrides: Sequence[Override] = (),
+    fast: bool = False,
+    tell: Tell = unheard,
 ) -> dict[str, Format]:
-    """A format for every matrix, by name; `budget` is in bytes for all of them together.
+    """A format for every matrix, by name; `budget` is in bytes for all of them together, each padded as in the file.
 
     A format's damage is the tensor's measured sensitivity times the error that the format makes on a sample of rows,
-    over the error that was probed. Raises UsageError where the budget is too small.
+    over the error that was probed. `guides`, `overrides` and `fast` are those of quantize(); `tell` is told the matrix
+    that is about to be tried, from 1, and how many there are.
+
+    Raises UsageError where check_budget() does, FileFormatError for weights that are not finite.
     """
-    options = {}
-    for each in in_layer_order(weights):
-        if takes_type(each.name, each.shape):
-            guide = guides(each.name)
-            chosen = override_of(each.name, overrides)
-            formats = (chosen,) if chosen else _candidates(each.shape[-1])
-            options[each.name] = _options(each, formats, guide, sensitivities[each.name])
+    options, matrices = {}, in_layer_order(_matrices(source))
+    for at, weights in enumerate(matrices):
+        tell(at + 1, len(matrices))
+        samples = _samples(weights)
+        errors = _errors(weights, samples, _choices(weights, overrides), guides(weights.name), FAST if fast else ROUNDS)
+        options[weights.name] = [
+            Option(fmt, _in_file(source, weights, fmt), sensitivities[weights.name] * error)
+            for fmt, error in errors.items()
+        ]
+        source.release()
     return allocate(options, budget)
+
+
+def _matrices(source: Source) -> list[Weights]:
+    return [weights for weights in source.weights if takes_type(weights.name, weights.shape)]
+
+
+def _in_file(source: Source, weights: Weights, fmt: Format) -> int:
+    n_bytes = TensorSpec(weights.name, weights.shape, fmt).n_bytes
+    return n_bytes + -n_bytes % int(source.metadata.get("general.alignment", ALIGNMENT))
+
+
+def _choices(weights: Weights, overrides: Sequence[Override]) -> tuple[Format, ...]:
+    chosen = override_of(weights.name, overrides)
+    return (chosen,) if chosen else _candidates(weights.shape[-1])
 
 
 def _candidates(n_cols: int) -> tuple[Format, ...]:
@@ -106,21 +136,24 @@ def _candidates(n_cols: int) -> tuple[Format, ...]:
     return NARROW if n_cols % 32 == 0 else (F16,)
 
 
-def _options(weights: Weights, formats: Sequence[Format], guide: Guide | None, sensitivity: float) -> list[Option]:
-    samples = _samples(weights)
-    probed = sum(
-        _error(rows, encode(fmt, rows, rounds=FAST), fmt, guide, expert)
-        for expert, rows in samples
-        for fmt in [probe_format(weights.shape[-1])]
-    )
-    options = []
-    for fmt in formats:
-        error = sum(
-            _error(rows, encode_guided(fmt, rows, guide, expert), fmt, guide, expert) for expert, rows in samples
+def _errors(
+    weights: Weights,
+    samples: Sequence[tuple[int, np.ndarray]],
+    formats: Sequence[Format],
+    guide: Guide | None,
+    rounds: int,
+) -> dict[Format, float]:
+    """Of each format, over that of the probe."""
+    probe = probe_format(weights.shape[-1])
+    probed = sum(_error(rows, encode(probe, rows, rounds=FAST), probe, guide, expert) for expert, rows in samples)
+    errors = {
+        fmt: sum(
+            _error(rows, encode_guided(fmt, rows, guide, expert, rounds=rounds), fmt, guide, expert)
+            for expert, rows in samples
         )
-        damage = sensitivity * error / probed if probed else 0.0
-        options.append(Option(fmt, _padded(weights.n_rows, weights.shape[-1], fmt), damage))
-    return options
+        for fmt in formats
+    }
+    return {fmt: error / probed if probed else 0.0 for fmt, error in errors.items()}
 
 
 def _samples(weights: Weights) -> list[tuple[int, np.ndarray]]:
@@ -132,10 +165,7 @@ def _samples(weights: Weights) -> list[tuple[int, np.ndarray]]:
     for expert in range(n_experts):
         places = expert * per_expert + np.arange(count) * per_expert // count
         rows = np.concatenate([weights.rows(at, at + 1) for at in places.tolist()])
-        if not np.isfinite(rows).all():
-            raise FileFormatError(
-                f"tensor {weights.name} has weights that are not finite; download or make the checkpoint again"
-            )
+        check_range(weights.name, F32, rows)
         samples.append((expert, rows))
     return samples
 

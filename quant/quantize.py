@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import psutil
@@ -120,12 +120,7 @@ def quantize(
     formats = assign(PRESETS[preset], shapes, overrides=overrides, calibrated=guides is not no_guide)
     formats |= mix or {}
     specs = [TensorSpec(weights.name, weights.shape, formats[weights.name]) for weights in tensors]
-    metadata = {key: value for key, value in source.metadata.items() if not key.startswith(PREFIX)}
-    metadata |= {
-        "general.file_type": PRESETS[preset].file_type,
-        "general.quantization_version": QUANTIZATION_VERSION,
-        **receipt(src, preset, settings(fast, overrides, remarks), guided_by),
-    }
+    metadata = file_metadata(source, src, preset, settings(fast, overrides, remarks), guided_by)
     n_threads = threads or _available()
     check_memory(source, n_threads)
     job = _job(source, preset, guided_by, str(fast))
@@ -135,6 +130,16 @@ def quantize(
         notes = yield from _write(plan, writer, run, guides, FAST if fast else ROUNDS, source.release)
         for key, value in measured(specs, notes).items():
             writer.amend(key, value)
+
+
+def file_metadata(source: Source, src: Path, preset: str, words: str, guided_by: str) -> dict[str, Any]:
+    """What the file begins with; `words` are what settings() gives."""
+    kept = {key: value for key, value in source.metadata.items() if not key.startswith(PREFIX)}
+    return kept | {
+        "general.file_type": PRESETS[preset].file_type,
+        "general.quantization_version": QUANTIZATION_VERSION,
+        **receipt(src, preset, words, guided_by),
+    }
 
 
 def _job(source: Source, *settings: str) -> str:
@@ -245,9 +250,13 @@ def predicted_memory(source: Source, n_threads: int) -> int:
     return BASE_BYTES + chunk * per_weight + n_texts * TEXT_BYTES
 
 
+def free_memory() -> int:
+    """Bytes that this process may have, those it has already among them."""
+    return psutil.virtual_memory().available + psutil.Process().memory_info().rss
+
+
 def check_memory(source: Source, n_threads: int) -> None:
-    needed = predicted_memory(source, n_threads)
-    free = psutil.virtual_memory().available + psutil.Process().memory_info().rss
+    needed, free = predicted_memory(source, n_threads), free_memory()
     if needed > free:
         raise ResourceError(
             f"{n_threads} threads need {needed / 1e9:.2f} GB of memory to quantize and {free / 1e9:.2f} GB is free; "

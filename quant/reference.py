@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from llmq.config import ModelConfig
 from llmq.cores import usable_cores
 from llmq.engine.cpu import BATCH, Engine
 from llmq.errors import FileFormatError
@@ -32,10 +33,22 @@ def source_log_probs(src: Path, pieces: Sequence[Sequence[int]], *, threads: int
     model = open_model(src)
     hidden = _run(model, pieces, threads or usable_cores())
     for piece, x in zip(pieces, hidden, strict=True):
-        logits = _logits(model, x[len(piece) // 2 :])
-        if not np.isfinite(logits).all():
-            raise FileFormatError(NOT_NUMBERS)
-        yield log_softmax(logits)
+        yield output_log_probs(model.gguf, model.config, x[len(piece) // 2 :])
+
+
+def output_log_probs(gguf: GGUF, config: ModelConfig, hidden: np.ndarray) -> np.ndarray:
+    """float64 [n, vocab_size] of hidden states after the last layer, float32 [n, dim].
+
+    Raises FileFormatError where they are no numbers.
+    """
+    logits = _logits(gguf, config, hidden)
+    if not np.isfinite(logits).all():
+        raise FileFormatError(NOT_NUMBERS)
+    return log_softmax(logits)
+
+
+def output_name(config: ModelConfig) -> str:
+    return "token_embd.weight" if config.tied_embeddings else "output.weight"
 
 
 def _run(model: SourceModel, pieces: Sequence[Sequence[int]], n_threads: int) -> list[np.ndarray]:
@@ -59,11 +72,10 @@ def _run(model: SourceModel, pieces: Sequence[Sequence[int]], n_threads: int) ->
 
 # What is not finite is found by the caller.
 @np.errstate(over="ignore", invalid="ignore")
-def _logits(model: SourceModel, x: np.ndarray) -> np.ndarray:
+def _logits(gguf: GGUF, config: ModelConfig, x: np.ndarray) -> np.ndarray:
     """float32 [n, vocab_size] of hidden states [n, dim]."""
-    gguf: GGUF = model.gguf
-    name = "token_embd.weight" if model.config.tied_embeddings else "output.weight"
-    normed = rms_norm(x, gguf, "output_norm.weight", model.config.rms_eps)
+    name = output_name(config)
+    normed = rms_norm(x, gguf, "output_norm.weight", config.rms_eps)
     rows, fmt = gguf.data(name), gguf.tensors[name].format
     blocks = (dequantize(fmt, rows[at : at + OUTPUT_ROWS]) for at in range(0, len(rows), OUTPUT_ROWS))
     return np.concatenate([normed @ block.reshape(-1, normed.shape[1]).T for block in blocks], axis=1)

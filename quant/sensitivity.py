@@ -1,36 +1,42 @@
 """How much it hurts a model when one of its tensors is quantized: measured, by quantizing that one and running it.
 
-A probe is the model with one tensor replaced by what three bits leave of it; the KL divergence of its predictions from
-those of the model itself tells how sensitive the model is to that tensor's error. All probes pass through a layer
-before the next one begins, so each weight is read once. Of a deep model some layers are probed and those between
-interpolated.
+A probe is the model with one tensor replaced by what three bits leave of it (four, where rows are no blocks of 256);
+the KL divergence of its predictions from those of the model itself tells how sensitive the model is to that tensor's
+error. All probes pass through a layer before the next one begins, so each weight is read from disk once. Of a deep
+model some layers are probed and those between interpolated.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from llmq.cache import KVRing
 from llmq.cores import usable_cores
 from llmq.engine.cpu import BATCH, Engine
-from llmq.errors import UsageError
+from llmq.errors import ResourceError, UsageError
 from llmq.formats import BF16, F16, F32, Q3_K, Q4_0, Format, dequantize, row_bytes
 from llmq.gguf import GGUF, quoted
 from llmq.tokenizer import load_tokenizer
-from quant.calibrate import chunks_of, rms_norm
-from quant.encode import FAST, encode
-from quant.evaluate import divergence, log_softmax, targets
+from quant.calibrate import chunks_of
+from quant.encode import FAST, check_range, encode
+from quant.evaluate import LEAST_TOKENS, divergence, targets
 from quant.model import SourceModel, open_model
+from quant.quantize import BASE_BYTES, TEXT_BYTES, free_memory
+from quant.recipe import takes_type
+from quant.reference import output_log_probs, output_name
 
 PROBED_LAYERS = 12
 # A model of so many weights is probed on one chunk of text, smaller ones on up to eight.
 LARGE = 1 << 30
 MOST_CHUNKS = 8
-# Rows of the output matrix that are multiplied at a time.
-STRIP = 8192
+# Weights that are encoded at a time.
+STRIP = 1 << 22
+# Of a weight in a strip, and of a token's probability: floats, their encoding, and what is between.
+STRIP_BYTES, PROBABILITY_BYTES = 24, 40
 FLOATS = (F32, F16, BF16)
 
 Tell = Callable[[int, int], None]
@@ -60,48 +66,87 @@ class Altered(GGUF):
 
 @dataclass(frozen=True, slots=True)
 class _Probe:
-    """A tensor's name, and the hidden states of each chunk, f32 [n, dim]."""
+    """A tensor's name, empty for the model as it is, and the hidden states of each chunk, f32 [n, dim]."""
 
     name: str
     hidden: list[np.ndarray]
 
 
 def sensitivities(src: Path, text: str, *, threads: int | None = None, tell: Tell = unheard) -> dict[str, float]:
-    """KL divergence in nats that probing each matrix causes, by tensor name; `tell` hears of layers done and in all.
+    """KL divergence in nats that probing each matrix causes, by tensor name. `tell` is told the step that is about to
+    be done, from 1, and how many there are: the layers, then the output.
 
-    A probe is the whole matrix encoded as probe_format(), fast and without calibration. Raises UsageError for a source
-    that is quantized already, and what calibrate() raises.
+    A probe is the whole matrix encoded as probe_format(), fast and without calibration. What comes out does not depend
+    on `threads` (default: one per physical core).
+
+    Raises UsageError (a source that is quantized already, a text of fewer than 32 tokens), ResourceError (memory),
+    FileFormatError (weights that give no numbers), and what open_model raises.
     """
     model = open_model(src)
     gguf, config = model.gguf, model.config
-    matrices = [name for name, info in gguf.tensors.items() if len(info.shape) > 1 and "ffn_gate_inp" not in name]
+    matrices = [name for name, info in gguf.tensors.items() if takes_type(name, info.shape)]
     if any(gguf.tensors[name].format not in FLOATS for name in matrices):
         raise UsageError(f"{quoted(src.name)} is quantized already; a mix of types is chosen from the original weights")
     chunks = _spread(chunks_of(load_tokenizer(gguf.metadata), text, min(BATCH, config.context_length)), gguf)
-    probed = _probed(config.n_layers)
-    n_threads = threads or usable_cores()
+    check_memory(model, chunks)
+    probed, n_threads = _probed(config.n_layers), threads or usable_cores()
     probes = [_Probe("", []), _Probe("token_embd.weight", [])]
     with closing(Engine(gguf, config, n_threads)) as engine:
+        ring = engine.ring(len(chunks[0]))
         for i in range(config.n_layers):
+            tell(i + 1, config.n_layers + 1)
             model.prepare(i)
             if i in probed:
                 names = [name for name in matrices if name.startswith(f"blk.{i}.")]
                 probes += [_Probe(name, [x.copy() for x in probes[0].hidden]) for name in names]
             for probe in probes:
-                _run_layer(engine, model, i, probe, chunks, n_threads)
+                with _altered_engine(engine, model, i, probe.name) as own:
+                    _run_layer(own, i, probe, chunks, ring)
             model.release()
-            tell(i + 1, config.n_layers + 1)
-    found = _divergences(model, probes, chunks)
     tell(config.n_layers + 1, config.n_layers + 1)
-    return _interpolated(found, matrices, probed)
+    if not config.tied_embeddings:
+        probes.append(_Probe(output_name(config), probes[0].hidden))
+    return _interpolated(_divergences(model, probes, chunks), matrices, probed)
 
 
 def _spread(chunks: list[list[int]], gguf: GGUF) -> list[list[int]]:
     """Whole chunks, evenly taken from the text: one for a large model, more for smaller ones."""
+    if len(chunks[0]) < LEAST_TOKENS:
+        raise UsageError(
+            f"the text has {len(chunks[0])} of the {LEAST_TOKENS} tokens that measuring needs; give a longer one"
+        )
     n_weights = sum(math.prod(info.shape) for info in gguf.tensors.values())
     whole = chunks[:-1] or chunks
     n = max(1, min(len(whole), MOST_CHUNKS, LARGE // n_weights))
     return [whole[len(whole) * i // n] for i in range(n)]
+
+
+def predicted_memory(model: SourceModel, chunks: Sequence[list[int]]) -> int:
+    """Bytes at the peak: the compiler and the vocabulary, every probe's hidden states, one altered matrix, one layer as
+    the source has it, and the probabilities of a chunk.
+    """
+    tensors, config = model.gguf.tensors, model.config
+    per_layer = sum(name.startswith("blk.0.") and takes_type(name, info.shape) for name, info in tensors.items())
+    n_probes = 2 + per_layer * len(_probed(config.n_layers))
+    layer = sum(info.n_bytes for name, info in tensors.items() if name.startswith("blk.0."))
+    return (
+        BASE_BYTES
+        + TEXT_BYTES * config.vocab_size
+        + 4 * n_probes * sum(map(len, chunks)) * config.dim
+        + 4 * max(math.prod(info.shape) for info in tensors.values())
+        + STRIP_BYTES * STRIP
+        + layer
+        + PROBABILITY_BYTES * len(targets(chunks[0])) * config.vocab_size
+    )
+
+
+def check_memory(model: SourceModel, chunks: Sequence[list[int]]) -> None:
+    needed, free = predicted_memory(model, chunks), free_memory()
+    if needed > free:
+        raise ResourceError(
+            f"measuring sensitivity needs {needed / 1e9:.2f} GB of memory and {free / 1e9:.2f} GB is free; "
+            "close other programs, or quantize without a budget"
+        )
 
 
 def _probed(n_layers: int) -> list[int]:
@@ -116,55 +161,53 @@ def _probed_rows(gguf: GGUF, name: str) -> np.ndarray:
     info = gguf.tensors[name]
     out = np.empty(info.shape, np.float32)
     flat, packed = out.reshape(-1, info.shape[-1]), gguf.data(name).reshape(-1, row_bytes(info.format, info.shape[-1]))
-    fmt = probe_format(info.shape[-1])
-    for at in range(0, len(flat), STRIP):
-        rows = np.ascontiguousarray(dequantize(info.format, packed[at : at + STRIP]))
-        flat[at : at + STRIP] = dequantize(fmt, encode(fmt, rows, rounds=FAST))
+    fmt, step = probe_format(info.shape[-1]), max(1, STRIP // info.shape[-1])
+    for at in range(0, len(flat), step):
+        rows = dequantize(info.format, packed[at : at + step])
+        check_range(name, fmt, rows)
+        flat[at : at + step] = dequantize(fmt, encode(fmt, rows, rounds=FAST))
     return out
 
 
-def _run_layer(
-    engine: Engine, model: SourceModel, i: int, probe: _Probe, chunks: Sequence[list[int]], n_threads: int
-) -> None:
-    """All chunks of a probe through layer i, in which its own tensor is altered."""
-    with ExitStack() as stack:
-        if probe.name.startswith(f"blk.{i}.") or (i == 0 and probe.name == "token_embd.weight"):
-            altered = Altered(model.gguf, probe.name, _probed_rows(model.gguf, probe.name))
-            engine = stack.enter_context(closing(Engine(altered, model.config, n_threads)))
-        ring = engine.ring(len(chunks[0]))
-        for place, chunk in enumerate(chunks):
-            state = engine.embed(chunk, range(len(chunk)), [ring] * len(chunk))
-            if i > 0:
-                state[:] = probe.hidden[place]
+@contextmanager
+def _altered_engine(engine: Engine, model: SourceModel, i: int, name: str) -> Iterator[Engine]:
+    """One for the model with this tensor altered, where layer i reads it; else the one given."""
+    if not (name.startswith(f"blk.{i}.") or (i == 0 and name == "token_embd.weight")):
+        yield engine
+        return
+    altered = Altered(model.gguf, name, _probed_rows(model.gguf, name))
+    with closing(Engine(altered, model.config, engine.n_threads)) as own:
+        yield own
+
+
+def _run_layer(engine: Engine, i: int, probe: _Probe, chunks: Sequence[list[int]], ring: KVRing) -> None:
+    for place, chunk in enumerate(chunks):
+        state = engine.embed(chunk, range(len(chunk)), [ring] * len(chunk))
+        if i == 0:
+            engine.run_layer(0)
+            probe.hidden.append(state.copy())
+        else:
+            state[:] = probe.hidden[place]
             engine.run_layer(i)
-            if place < len(probe.hidden):
-                probe.hidden[place][:] = state
-            else:
-                probe.hidden.append(state.copy())
+            probe.hidden[place][:] = state
 
 
 def _divergences(model: SourceModel, probes: list[_Probe], chunks: Sequence[list[int]]) -> dict[str, float]:
-    """Mean KL of every probe's predictions from the first one's, that of the model as it is, and of the output's."""
-    name = "token_embd.weight" if model.config.tied_embeddings else "output.weight"
-    info, packed = model.gguf.tensors[name], model.gguf.data(name)
-    rows = dequantize(info.format, packed)
-    totals: dict[str, float] = {}
+    """Mean KL of every probe's predictions from the first one's, by the name of its tensor.
+
+    Of the positions in a chunk's second half but the last, as evaluation counts them.
+    """
+    name = output_name(model.config)
+    altered = Altered(model.gguf, name, _probed_rows(model.gguf, name))
+    totals = {probe.name: 0.0 for probe in probes[1:]}
     for place, chunk in enumerate(chunks):
-        right = targets(chunk)
-        reference = _log_probs(model, probes[0].hidden[place], rows, len(chunk))
+        counted = slice(len(chunk) // 2, len(chunk) - 1)
+        reference = output_log_probs(model.gguf, model.config, probes[0].hidden[place][counted])
         for probe in probes[1:]:
-            logp = _log_probs(model, probe.hidden[place], rows, len(chunk))
-            kl = float(divergence(reference, logp, right)["kl"].mean())
-            totals[probe.name] = totals.get(probe.name, 0.0) + max(kl, 0.0) / len(chunks)
-        logp = _log_probs(model, probes[0].hidden[place], _probed_rows(model.gguf, name), len(chunk))
-        totals[name] = totals.get(name, 0.0) + float(divergence(reference, logp, right)["kl"].mean()) / len(chunks)
-    return totals
-
-
-def _log_probs(model: SourceModel, hidden: np.ndarray, output: np.ndarray, n: int) -> np.ndarray:
-    """Of the positions in a chunk's second half but the last, as evaluation counts them."""
-    x = rms_norm(hidden[n // 2 : n - 1], model.gguf, "output_norm.weight", model.config.rms_eps)
-    return log_softmax(x @ output.T)
+            gguf = altered if probe.name == name else model.gguf
+            logp = output_log_probs(gguf, model.config, probe.hidden[place][counted])
+            totals[probe.name] += float(divergence(reference, logp, targets(chunk))["kl"].mean())
+    return {probed: max(total, 0.0) / len(chunks) for probed, total in totals.items()}
 
 
 def _interpolated(found: dict[str, float], matrices: Sequence[str], probed: Sequence[int]) -> dict[str, float]:
