@@ -41,6 +41,13 @@ class Budget:
     bits: float | None
     label: str
 
+    @property
+    def goal(self) -> str:
+        """In words, for the receipt."""
+        if self.bits is not None:
+            return f"{self.bits:g} bits a weight"
+        return f"the bytes of {self.preset}" if self.n_bytes is None else f"{self.n_bytes} bytes"
+
 
 def checked_budget(preset: str, optimize: bool, file_size: str | None, bits: float | None) -> Budget | None:
     """What is asked for; raises UsageError where it contradicts itself."""

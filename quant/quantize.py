@@ -124,7 +124,7 @@ def quantize(
     metadata |= {
         "general.file_type": PRESETS[preset].file_type,
         "general.quantization_version": QUANTIZATION_VERSION,
-        **receipt(src, preset, settings(fast, overrides, remarks), guided_by),
+        **receipt(src, f"mix near {preset}" if mix else preset, settings(fast, overrides, remarks), guided_by),
     }
     n_threads = threads or _available()
     check_memory(source, n_threads)
