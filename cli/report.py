@@ -53,7 +53,7 @@ def compare(source: Path, out: Path) -> tuple[Sequence[Sequence[Row]], str]:
         found = comparison(collect(parts, len(pieces)))
     scored, *figures = tables(found, [], n_ctx)
     about = (
-        f"Of {scored[0][1]} that no calibration reads. FROM and TO are the ends of a 95 % confidence interval; the KL "
-        "divergence is what the model's probabilities lose against those of its source, in nats."
+        f"Measured on {scored[0][1]}, of a text that no calibration reads. FROM and TO are the ends of a 95 % "
+        "confidence interval. The KL divergence is how far the model's probabilities are from its source's, in nats."
     )
     return figures, about

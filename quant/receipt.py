@@ -18,7 +18,7 @@ from llmq.part import Note
 from quant.recipe import Override
 
 PREFIX = "llmq."
-SOURCE_SHA256, RMS_ERROR = "llmq.source_sha256", "llmq.rms_error"
+SOURCE, SOURCE_SHA256, TYPE, RMS_ERROR = "llmq.source", "llmq.source_sha256", "llmq.type", "llmq.rms_error"
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -31,10 +31,10 @@ def receipt(src: Path, preset: str, settings: str, calibration_sha256: str) -> d
     source, revision = _origin(src)
     keys = {
         "llmq.version": __version__,
-        "llmq.source": source,
+        SOURCE: source,
         SOURCE_SHA256: "0" * 64,
         "llmq.source_revision": revision,
-        "llmq.type": preset,
+        TYPE: preset,
         "llmq.settings": settings,
         "llmq.calibration_sha256": calibration_sha256,
         RMS_ERROR: 0.0,
@@ -86,15 +86,16 @@ def describe(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
     """A file's receipt as labels and texts, none for a file without. The texts are as the file has them."""
     texts = {key: value for key, value in metadata.items() if key.startswith(PREFIX) and isinstance(value, str)}
     error = metadata.get(RMS_ERROR)
+    share = f"{error:.3%}" if isinstance(error, float) and math.isfinite(error) else ""
     maker = " ".join(("llmq", texts["llmq.version"])) if "llmq.version" in texts else ""
     rows = [
-        ("made from", texts.get("llmq.source", "")),
+        ("made from", texts.get(SOURCE, "")),
         ("revision", texts.get("llmq.source_revision", "")),
         ("weights", _sha256(texts.get(SOURCE_SHA256, ""))),
         ("made by", maker),
-        ("made as", ", ".join(texts[key] for key in ("llmq.type", "llmq.settings") if key in texts)),
+        ("made as", ", ".join(texts[key] for key in (TYPE, "llmq.settings") if key in texts)),
         ("calibration", _sha256(texts.get("llmq.calibration_sha256", ""))),
-        ("error", f"{error:.3%} of the weights, root mean square" if isinstance(error, float) else ""),
+        ("error", f"{share} of the weights' root mean square" if share else ""),
     ]
     return [(label, text) for label, text in rows if text]
 
