@@ -66,8 +66,8 @@ def heat_map(title: str, rows: Sequence[str], n_columns: int, cells: Cells, numb
     parts += [_label(LEFT + i * STEP + CELL // 2, 12, str(i), "middle") for i in range(0, n_columns, every)]
     for (row, column), (value, words) in cells.items():
         x, y = LEFT + column * STEP, TOP + rows.index(row) * STEP
-        title = f"<title>{text(words)}</title>"
-        parts.append(f'<rect class="cell" {_square(x, y, CELL, color(value / most))}>{title}</rect>')
+        shape = _square(x, y, CELL, color(value / most))
+        parts.append(f'<rect class="cell" {shape}><title>{text(words)}</title></rect>')
     below = TOP + len(rows) * STEP + 12
     parts += _legend(below, number(0.0), number(most))
     width, height = LEFT + max(n_columns * STEP, LEGEND_STEPS * LEGEND_STEP + 70), below + STEP
