@@ -167,7 +167,9 @@ def test_the_name_of_a_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     ):
         found = made(source, tmp_path / "out.gguf")
         assert (found["llmq.source"], found["llmq.source_revision"]) == (name, COMMIT)
-    plain = snapshot.rename(tmp_path / "plain")
+    branch = snapshot.rename(snapshot.with_name("v0.1"))
+    assert "llmq.source_revision" not in made(branch, tmp_path / "out.gguf")
+    plain = branch.rename(tmp_path / "plain")
     monkeypatch.chdir(plain)
     for source, name in ((Path(), "plain"), (plain, "plain"), (Path("a.gguf"), "a.gguf")):
         found = made(source, tmp_path / "out.gguf")
