@@ -1,6 +1,6 @@
 """What a file says of how it was made: metadata under `llmq.`, the same for every run of the same job.
 
-Without times, paths and machines, so that two people who make the same file can compare its bytes.
+Without times, paths and machines, which would make equal files differ.
 """
 
 import hashlib
