@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from checkpoints import write_checkpoint
 from tiny import tiny_gguf
 
 from cli.main import execute
@@ -85,6 +86,17 @@ def test_a_page_of_a_model_that_was_run(llmq: Run) -> None:
     settings = found[found.index("made as") + 1]
     assert re.fullmatch(r"q2_k, fast; calibrated on text\.txt, \d+ tokens", settings)
     assert found[found.index("calibration") + 1] == f"sha256 {hashlib.sha256(TEXT.encode()).hexdigest()}"
+
+
+def test_a_page_is_written_where_the_model_cannot_be_compared(llmq: Run) -> None:
+    """The file has been made by then."""
+    write_checkpoint(Path("short"), max_position_embeddings=16, num_hidden_layers=1)
+    code, out, err = llmq("quantize", "short", "-o", "out.gguf", "--text", "text.txt", "--report", "page.html")
+    assert (code, out) == (0, "out.gguf\n")
+    assert "not compared with its source: a chunk would have 16 of the 32 tokens" in err
+    found = texts(Path("page.html"))
+    assert any(text.startswith("Not measured: a chunk would have 16") for text in found)
+    assert "blk.0.ffn_down.weight" in found
 
 
 def test_a_mix_says_what_it_was_to_fit(llmq: Run) -> None:

@@ -185,7 +185,12 @@ def test_the_page_asks_for_nothing(made: Made) -> None:
 @pytest.mark.parametrize("arguments", [{"tied": True}, {"n_layers": 1}, {"n_layers": 14}], ids=str)
 def test_other_models(tmp_path: Path, arguments: dict[str, Any]) -> None:
     made = make(tmp_path, "q8_0", **arguments)
-    assert len(squares(section(made.root, "Error by layer"))) == 7 * arguments.get("n_layers", 2)
+    part, n_layers = section(made.root, "Error by layer"), arguments.get("n_layers", 2)
+    assert len(squares(part)) == 7 * n_layers
+    labels = [each.text for each in part.iter("text") if (each.text or "").isdigit()]
+    assert labels == [str(i) for i in range(0, n_layers, 4 if n_layers > 12 else 1)]
+    width = float(next(part.iter("svg")).get("width", 0))
+    assert all(float(each.get("x", 0)) + float(each.get("width", 0)) <= width for each in part.iter("rect"))
     assert len([row for row in rows(section(made.root, "Tensors")) if len(row) > 1]) == len(made.reports) + 1
 
 
