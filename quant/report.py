@@ -151,12 +151,12 @@ def _placed(tensors: Sequence[TensorReport]) -> Iterator[tuple[tuple[str, int], 
 
 
 def _tensors(tensors: Sequence[TensorReport]) -> str:
-    head = ("tensor", "from", "to", "shape", "MB", "error")
+    head = ("tensor", "type", "error", "MB", "shape", "from")
     groups = []
     for name, members in groupby(tensors, _group):
         rows = "".join(_tensor(each) for each in members)
         groups.append(f'<tbody><tr class="group"><th colspan="{len(head)}">{text(name)}</th></tr>{rows}</tbody>')
-    cells = "".join(cell("th", each, number=i > 2) for i, each in enumerate(head))
+    cells = "".join(cell("th", each, number=i > 1) for i, each in enumerate(head))
     return f'<div class="wide"><table><thead><tr>{cells}</tr></thead>{"".join(groups)}</table></div>'
 
 
@@ -166,9 +166,8 @@ def _group(tensor: TensorReport) -> str:
 
 
 def _tensor(each: TensorReport) -> str:
-    words = (each.name, each.source, each.format.name)
-    numbers = (" × ".join(map(str, each.shape)), f"{each.n_bytes / 1e6:,.3f}", f"{each.rms_error:.3%}")
-    cells = [*(cell("td", word) for word in words), *(cell("td", number, number=True) for number in numbers)]
+    numbers = (f"{each.rms_error:.3%}", f"{each.n_bytes / 1e6:,.3f}", " × ".join(map(str, each.shape)), each.source)
+    cells = [cell("td", each.name), cell("td", each.format.name), *(cell("td", n, number=True) for n in numbers)]
     return f"<tr>{''.join(cells)}</tr>"
 
 

@@ -84,16 +84,17 @@ def test_the_head_is_the_receipt(made: Made) -> None:
 
 def test_every_tensor_has_its_line(made: Made) -> None:
     lines = {row[0]: row[1:] for row in rows(section(made.root, "Tensors")) if len(row) > 1}
-    assert lines.pop("tensor") == ["from", "to", "shape", "MB", "error"]
+    assert lines.pop("tensor") == ["type", "error", "MB", "shape", "from"]
     with open_gguf(made.source) as before, open_gguf(made.out) as after:
         assert lines.keys() == after.tensors.keys()
         for name, info in after.tensors.items():
             expected = dequantize(before.tensors[name].format, before.data(name)).astype(np.float64)
             off = dequantize(info.format, after.data(name)).reshape(expected.shape) - expected
             error = math.sqrt((off**2).sum() / (expected**2).sum())
-            *cells, shown = lines[name]
+            kind, shown, *cells = lines[name]
             shape = " × ".join(map(str, info.shape))
-            assert cells == [before.tensors[name].format.name, info.format.name, shape, f"{info.n_bytes / 1e6:.3f}"]
+            assert kind == info.format.name
+            assert cells == [f"{info.n_bytes / 1e6:.3f}", shape, before.tensors[name].format.name]
             assert float(shown.rstrip("%")) / 100 == pytest.approx(error, abs=6e-6)
 
 
