@@ -42,6 +42,13 @@ class Budget:
     bits: float | None
     label: str
 
+    @property
+    def goal(self) -> str:
+        """In words, for the receipt."""
+        if self.bits is not None:
+            return f"{self.bits:g} bits a weight"
+        return f"the bytes of {self.preset}" if self.n_bytes is None else f"{self.n_bytes} bytes"
+
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
@@ -81,7 +88,7 @@ def choose_mix(
     from quant.source import open_source
 
     source = open_source(path)
-    remark = f"types for {budget.label} by sensitivity on {words.name}"
+    remark = f"types chosen to fit {budget.goal}, by sensitivity on {words.name}"
     n_bytes = bytes_for_matrices(path, source, budget, knowledge, overrides, remark, fast=fast)
     check_budget(source, n_bytes, overrides)
     found = sensitivities(path, words.text, tell=show_sensitivity)
@@ -111,7 +118,7 @@ def bytes_for_matrices(
 
     def metadata(preset: str, *more: str) -> "dict[str, Any]":
         words = settings(fast, overrides, [*knowledge.remarks, *more])
-        return file_metadata(source, path, preset, words, knowledge.sha256)
+        return file_metadata(source, path, preset, words, knowledge.sha256, mixed=bool(more))
 
     if budget.bits is not None:
         return budget_of_bits(source, budget.bits)

@@ -16,7 +16,7 @@ from llmq.errors import UsageError
 from llmq.store import NAME, make_private, model_path, models_dir
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Generator, Iterator
 
     from quant.quantize import TensorReport
 
@@ -81,18 +81,16 @@ def quantize(
     from quant.imatrix import write_imatrix
     from quant.outputs import check_outputs
     from quant.quantize import quantize as quantize_tensors
-    from quant.recipe import PRESETS, parse_override
+    from quant.recipe import parse_override
     from quant.source import open_source
 
-    preset = preset.lower()
-    if preset not in PRESETS:
-        raise UsageError(f"there is no type {preset[:40]!a}; there are {', '.join(PRESETS)}")
+    preset = checked_preset(preset)
     overrides = [parse_override(text) for text in tensor_type or ()]
     budget = checked_budget(preset, optimize, file_size, bpw)
     calibrate = calibrate or text is not None
     check_guides(calibrate, imatrix, save_imatrix)
-    if out is None:
-        out = default_out(source, budget.label if budget else preset)
+    label = budget.label if budget else preset
+    out = out or default_out(source, label)
     if report:
         check_page(report)
     read = [*open_source(source).files, *(Path(name) for name in (text, imatrix) if name)]
@@ -119,12 +117,7 @@ def quantize(
         mix=mix,
         remarks=remarks,
     )
-    try:
-        with contextlib.closing(cast("Generator[TensorReport]", quantized)) as reports:
-            done = show_reports(reports, f"{one_line(source.name, 40)} to {budget.label if budget else preset}")
-    except (KeyboardInterrupt, SystemExit):
-        note("stopped; the same command goes on from here")
-        raise
+    done = follow(quantized, f"{one_line(source.name, 40)} to {label}")
     if save_imatrix and isinstance(knowledge.guides, Running):
         write_imatrix(save_imatrix, knowledge.guides.finish())
     if report:
@@ -132,6 +125,24 @@ def quantize(
     name = out.stem if out.parent == models_dir() else str(out)
     note(f"{size(out.stat().st_size)} written; talk to it: llmq chat {one_line(name)}")
     sys.stdout.write(f"{one_line(str(out), 4096)}\n")
+
+
+def checked_preset(name: str) -> str:
+    from quant.recipe import PRESETS
+
+    if name.lower() not in PRESETS:
+        raise UsageError(f"there is no type {name[:40]!a}; there are {', '.join(PRESETS)}")
+    return name.lower()
+
+
+def follow(quantized: "Iterator[TensorReport]", title: str) -> "list[TensorReport]":
+    """Shows it to its end; stopped before, it leaves what is finished for another run."""
+    try:
+        with contextlib.closing(cast("Generator[TensorReport]", quantized)) as reports:
+            return show_reports(reports, title)
+    except (KeyboardInterrupt, SystemExit):
+        note("stopped; the same command goes on from here")
+        raise
 
 
 def default_out(source: Path, label: str) -> Path:

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cli.eval import Row, collect, tables
-from llmq.errors import UsageError
+from cli.screen import note, one_line
+from llmq.errors import LlmqError, UsageError
 from llmq.gguf import open_gguf
 from llmq.part import PartFile
 
@@ -28,12 +29,21 @@ def write_page(
     """Writes the page whole or not at all. `run`: the model may be run; `calibrated`: columns had an importance."""
     from quant.report import build_page
 
-    figures, about = compare(source, out) if run else ([], NOT_RUN)
+    figures, about = measure(source, out) if run else ([], NOT_RUN)
     with open_gguf(out) as gguf:
         page = build_page(gguf.metadata, out.stat().st_size, reports, figures, about, calibrated=calibrated).encode()
     file = PartFile(path)
     file.open(page, len(page))
     file.publish()
+
+
+def measure(source: Path, out: Path) -> tuple[Sequence[Sequence[Row]], str]:
+    """What compare() gives. Where the models cannot be run the page says why, since making the file took its time."""
+    try:
+        return compare(source, out)
+    except LlmqError as error:
+        note(f"not compared with its source: {one_line(str(error))}")
+        return [], f"Not measured: {error}."
 
 
 def compare(source: Path, out: Path) -> tuple[Sequence[Sequence[Row]], str]:
@@ -53,7 +63,7 @@ def compare(source: Path, out: Path) -> tuple[Sequence[Sequence[Row]], str]:
         found = comparison(collect(parts, len(pieces)))
     scored, *figures = tables(found, [], n_ctx)
     about = (
-        f"Of {scored[0][1]} that no calibration reads. FROM and TO are the ends of a 95 % confidence interval; the KL "
-        "divergence is what the model's probabilities lose against those of its source, in nats."
+        f"Measured on {scored[0][1]}, of a text that no calibration reads. FROM and TO are the ends of a 95 % "
+        "confidence interval. The KL divergence is how far the model's probabilities are from its source's, in nats."
     )
     return figures, about

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 CIVIDIS = ((0, 34, 78), (59, 73, 108), (112, 113, 115), (165, 156, 116), (225, 204, 85), (254, 232, 56))
 CELL, STEP, LEFT, TOP = 18, 20, 84, 18
 FEW_COLUMNS = 12
-LEGEND_STEPS = 24
+LEGEND_STEPS, LEGEND_STEP = 24, 6
 
-# A row and a column, and the number and the words that belong there.
+# By row and column, the number and the words that belong there.
 Cells = Mapping[tuple[str, int], tuple[float, str]]
 
 
@@ -28,14 +28,14 @@ def color(share: float) -> str:
     return "#" + "".join(f"{round(a + (b - a) * (at - i)):02x}" for a, b in zip(low, high, strict=True))
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], n_texts: int = 1) -> str:
-    """Cells are plain text; columns after the first `n_texts` are numbers."""
-    lines = [_row("th", head, n_texts), *(_row("td", row, n_texts) for row in rows)]
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Cells are plain text; all columns but the first are numbers."""
+    lines = [_row("th", head), *(_row("td", row) for row in rows)]
     return f'<div class="wide"><table>{"".join(lines)}</table></div>'
 
 
-def _row(tag: str, cells: Sequence[str], n_texts: int) -> str:
-    return f"<tr>{''.join(cell(tag, each, number=i >= n_texts) for i, each in enumerate(cells))}</tr>"
+def _row(tag: str, cells: Sequence[str]) -> str:
+    return f"<tr>{''.join(cell(tag, each, number=i > 0) for i, each in enumerate(cells))}</tr>"
 
 
 def cell(tag: str, content: str, *, number: bool = False) -> str:
@@ -49,29 +49,28 @@ def bars(rows: Sequence[tuple[str, Sequence[str], float]], marked: str = "") -> 
     lines = []
     for label, numbers, length in rows:
         start = '<tr class="marked">' if label == marked else "<tr>"
-        cells = cell("td", label) + "".join(cell("td", number, number=True) for number in numbers)
+        cells = f'<td class="label">{text(label)}</td>' + "".join(cell("td", number, number=True) for number in numbers)
         bar = f'<td class="bar"><div style="width:{100 * length / longest:.2f}%"></div></td>'
         lines.append(f"{start}{cells}{bar}</tr>")
     return f"<table>{''.join(lines)}</table>"
 
 
 def heat_map(title: str, rows: Sequence[str], n_columns: int, cells: Cells, number: Callable[[float], str]) -> str:
-    """A square for each cell, coloured from 0 to the largest number, with its words as title; `number` is for the
-    ends of the legend.
+    """A square for each cell, coloured from 0 to the largest number, with its words as title; columns are layers.
+    `number` writes the ends of the legend.
     """
     most = max((value for value, _words in cells.values()), default=0.0) or 1.0
-    parts = [_label(LEFT - 6, TOP + i * STEP + 13, row, "end") for i, row in enumerate(rows)]
+    parts = [_label(LEFT - 6, 12, "layer", "end")]
+    parts += [_label(LEFT - 6, TOP + i * STEP + 13, row, "end") for i, row in enumerate(rows)]
     every = 1 if n_columns <= FEW_COLUMNS else 4
     parts += [_label(LEFT + i * STEP + CELL // 2, 12, str(i), "middle") for i in range(0, n_columns, every)]
     for (row, column), (value, words) in cells.items():
         x, y = LEFT + column * STEP, TOP + rows.index(row) * STEP
-        parts.append(_square(x, y, CELL, color(value / most), words))
+        shape = _square(x, y, CELL, color(value / most))
+        parts.append(f'<rect class="cell" {shape}><title>{text(words)}</title></rect>')
     below = TOP + len(rows) * STEP + 12
-    for i in range(LEGEND_STEPS):
-        parts.append(_square(LEFT + i * 6, below, 6, color(i / (LEGEND_STEPS - 1)), ""))
-    parts.append(_label(LEFT - 6, below + 13, number(0.0), "end"))
-    parts.append(_label(LEFT + LEGEND_STEPS * 6 + 6, below + 13, number(most), "start"))
-    width, height = LEFT + max(n_columns * STEP, LEGEND_STEPS * 6 + 70), below + STEP
+    parts += _legend(below, number(0.0), number(most))
+    width, height = LEFT + max(n_columns * STEP, LEGEND_STEPS * LEGEND_STEP + 70), below + STEP
     return (
         f'<div class="wide"><svg role="img" aria-label="{text(title)}" width="{width}" height="{height}" '
         f'viewBox="0 0 {width} {height}">{"".join(parts)}</svg></div>'
@@ -82,6 +81,12 @@ def _label(x: int, y: int, words: str, anchor: str) -> str:
     return f'<text x="{x}" y="{y}" text-anchor="{anchor}">{text(words)}</text>'
 
 
-def _square(x: int, y: int, width: int, fill: str, words: str) -> str:
-    title = f"<title>{text(words)}</title>" if words else ""
-    return f'<rect x="{x}" y="{y}" width="{width}" height="{CELL}" fill="{fill}">{title}</rect>'
+def _legend(y: int, least: str, most: str) -> list[str]:
+    colors = [color(i / (LEGEND_STEPS - 1)) for i in range(LEGEND_STEPS)]
+    steps = [f"<rect {_square(LEFT + i * LEGEND_STEP, y, LEGEND_STEP, fill)}/>" for i, fill in enumerate(colors)]
+    end = LEFT + LEGEND_STEPS * LEGEND_STEP
+    return [*steps, _label(LEFT - 6, y + 13, least, "end"), _label(end + 6, y + 13, most, "start")]
+
+
+def _square(x: int, y: int, width: int, fill: str) -> str:
+    return f'x="{x}" y="{y}" width="{width}" height="{CELL}" fill="{fill}"'

@@ -23,7 +23,7 @@ from quant.encode import FAST, ROUNDS, check_range, encode_guided, squared_error
 from quant.guide import Guide, Guides, no_guide
 from quant.outputs import check_outputs
 from quant.receipt import PREFIX, measured, receipt, relative, row_digests, settings
-from quant.recipe import PRESETS, Override, assign
+from quant.recipe import PRESETS, Override, assign, takes_type
 from quant.source import Source, Weights, in_layer_order, open_source
 
 Job = TypeVar("Job")
@@ -120,7 +120,8 @@ def quantize(
     formats = assign(PRESETS[preset], shapes, overrides=overrides, calibrated=guides is not no_guide)
     formats |= mix or {}
     specs = [TensorSpec(weights.name, weights.shape, formats[weights.name]) for weights in tensors]
-    metadata = file_metadata(source, src, preset, settings(fast, overrides, remarks), guided_by)
+    words = settings(fast, overrides, remarks)
+    metadata = file_metadata(source, src, preset, words, guided_by, mixed=mix is not None)
     n_threads = threads or _available()
     check_memory(source, n_threads)
     job = _job(source, preset, guided_by, str(fast))
@@ -132,13 +133,15 @@ def quantize(
             writer.amend(key, value)
 
 
-def file_metadata(source: Source, src: Path, preset: str, words: str, guided_by: str) -> dict[str, Any]:
-    """What the file begins with; `words` are what settings() gives."""
+def file_metadata(
+    source: Source, src: Path, preset: str, words: str, guided_by: str, *, mixed: bool = False
+) -> dict[str, Any]:
+    """What the file begins with; `words` are what settings() gives; of a `mixed` one only the size is the preset's."""
     kept = {key: value for key, value in source.metadata.items() if not key.startswith(PREFIX)}
     return kept | {
         "general.file_type": PRESETS[preset].file_type,
         "general.quantization_version": QUANTIZATION_VERSION,
-        **receipt(src, preset, words, guided_by),
+        **receipt(src, f"mix near {preset}" if mixed else preset, words, guided_by),
     }
 
 
@@ -223,7 +226,9 @@ def _encode(chunk: _Chunk) -> _Encoded:
         expert = chunk.start // weights.shape[-2] if len(weights.shape) > 1 else 0
         packed = encode_guided(fmt, rows, chunk.guide, expert, rounds=chunk.rounds)
     off, size = squared_error(fmt, rows, packed) if chunk.measured else (0.0, 0.0)
-    return _Encoded(packed, off, size, rows.size if chunk.measured else 0, row_digests(rows, weights.source))
+    # Norms and routers become F32 in any GGUF file; as that they have one hash in all of them.
+    stored = weights.source if takes_type(weights.name, weights.shape) else "F32"
+    return _Encoded(packed, off, size, rows.size if chunk.measured else 0, row_digests(rows, stored))
 
 
 def in_order(

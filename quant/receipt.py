@@ -1,6 +1,6 @@
 """What a file says of how it was made: metadata under `llmq.`, the same for every run of the same job.
 
-Without times, paths and machines, so that two people who make the same file can compare its bytes.
+Without times, paths and machines, which would make equal files differ.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from llmq.part import Note
 from quant.recipe import Override
 
 PREFIX = "llmq."
-SOURCE_SHA256, RMS_ERROR = "llmq.source_sha256", "llmq.rms_error"
+SOURCE, SOURCE_SHA256, TYPE, RMS_ERROR = "llmq.source", "llmq.source_sha256", "llmq.type", "llmq.rms_error"
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -31,10 +31,10 @@ def receipt(src: Path, preset: str, settings: str, calibration_sha256: str) -> d
     source, revision = _origin(src)
     keys = {
         "llmq.version": __version__,
-        "llmq.source": source,
+        SOURCE: source,
         SOURCE_SHA256: "0" * 64,
         "llmq.source_revision": revision,
-        "llmq.type": preset,
+        TYPE: preset,
         "llmq.settings": settings,
         "llmq.calibration_sha256": calibration_sha256,
         RMS_ERROR: 0.0,
@@ -52,8 +52,8 @@ def measured(tensors: Sequence[TensorSpec], notes: Sequence[Note]) -> dict[str, 
     """What is known at the end, from the notes of all tensors.
 
     `llmq.source_sha256` is that of a line `NAME ROWSxCOLUMNS SHA256` for each tensor, sorted; SHA256 is that of the
-    SHA256 digests of its rows as BF16 or F16 where the source has them so, and as F32 where it has anything else. It
-    stands for the weights: in which files and in how many they lay, and in what order, makes no difference.
+    SHA256 digests of its rows, those of matrices as BF16 or F16 where the source has them so, all else as F32. It stands
+    for the weights: in which files and in how many they lay, and in what order, makes no difference.
 
     `llmq.rms_error`: the root mean square difference to the source's weights over their root mean square, of all
     matrices.
@@ -86,15 +86,16 @@ def describe(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
     """A file's receipt as labels and texts, none for a file without. The texts are as the file has them."""
     texts = {key: value for key, value in metadata.items() if key.startswith(PREFIX) and isinstance(value, str)}
     error = metadata.get(RMS_ERROR)
+    share = f"{error:.3%}" if isinstance(error, float) and math.isfinite(error) else ""
     maker = " ".join(("llmq", texts["llmq.version"])) if "llmq.version" in texts else ""
     rows = [
-        ("made from", texts.get("llmq.source", "")),
+        ("made from", texts.get(SOURCE, "")),
         ("revision", texts.get("llmq.source_revision", "")),
         ("weights", _sha256(texts.get(SOURCE_SHA256, ""))),
         ("made by", maker),
-        ("made as", ", ".join(texts[key] for key in ("llmq.type", "llmq.settings") if key in texts)),
+        ("made as", ", ".join(texts[key] for key in (TYPE, "llmq.settings") if key in texts)),
         ("calibration", _sha256(texts.get("llmq.calibration_sha256", ""))),
-        ("error", f"{error:.3%} of the weights, root mean square" if isinstance(error, float) else ""),
+        ("error", f"{share} of the weights' root mean square" if share else ""),
     ]
     return [(label, text) for label, text in rows if text]
 

@@ -6,14 +6,14 @@ The page is one string of HTML that is well-formed XML too. It asks for nothing 
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
 from llmq.gguf import TensorSpec
 from quant.chart import Cells, bars, cell, heat_map, table, text
 from quant.quantize import TensorReport
-from quant.receipt import describe
+from quant.receipt import SOURCE, TYPE, describe
 from quant.recipe import PRESETS, assign
 
 ROLES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
@@ -32,19 +32,20 @@ h2 { font-size: 1.1rem; margin: 2.2rem 0 .4rem; }
 p { margin: .3rem 0 .7rem; color: var(--faint); max-width: 44rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .15rem 1.1rem .15rem 0; text-align: left; vertical-align: baseline; }
-th { font-weight: 600; border-bottom: 1px solid var(--line); }
-th, .number { white-space: nowrap; }
+th { font-weight: 600; font-size: .8rem; text-transform: uppercase; border-bottom: 1px solid var(--line); }
+th, .number, .label { white-space: nowrap; }
 .number { text-align: right; }
 .receipt td:first-child { color: var(--faint); white-space: nowrap; }
 .receipt td:last-child { overflow-wrap: anywhere; }
-.group th { padding-top: .9rem; }
-.bar { width: 100%; }
+.group th { padding-top: .9rem; font-size: inherit; text-transform: none; }
+.bar { width: 100%; padding-right: 0; }
 .bar div { background: var(--bar); height: .75rem; min-width: 1px; border-radius: 2px; }
 .marked { background: var(--mark); font-weight: 600; }
-.wide { overflow-x: auto; }
+.wide { overflow-x: auto; margin-bottom: 1rem; }
 svg { display: block; }
 svg text { font-size: 12px; fill: currentColor; }
-svg rect { stroke: var(--line); stroke-width: .5; }
+svg .cell { stroke: var(--line); stroke-width: .5; }
+@media (max-width: 30rem) { table { font-size: .85rem; } th, td { padding-right: .6rem; } }
 """
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
@@ -63,7 +64,7 @@ def build_page(
     `figures` are tables, each with a row of headings first, that tell how far the model is from its source;
     `about_figures` says how they were taken, or why there are none. `calibrated` is what assign() takes.
     """
-    title = f"{metadata.get('llmq.source', 'A model')} as {metadata.get('llmq.type', 'GGUF')}"
+    title = f"{metadata.get(SOURCE, 'A model')} as {metadata[TYPE]}"
     sections = [
         ("", _receipt(metadata)),
         ("Against its source", _paragraph(about_figures) + "".join(table(each[0], each[1:]) for each in figures)),
@@ -118,7 +119,7 @@ def _formats(tensors: Sequence[TensorReport]) -> str:
 
 
 def _errors(tensors: Sequence[TensorReport]) -> str:
-    words = "Root mean square difference to the source's weights, relative to theirs; columns are layers."
+    words = "Root mean square error over the root mean square of the source's weights."
     cells = {
         place: (each.rms_error, f"{each.name}: {each.rms_error:.3%}, {each.format.name}")
         for place, each in _placed(tensors)
@@ -136,7 +137,7 @@ def _bits(tensors: Sequence[TensorReport]) -> str:
     return _paragraph(f"Bits per weight: {listed}.") + _map("Bits by role and layer", cells, lambda value: f"{value:g}")
 
 
-def _map(title: str, cells: Cells, number: Any) -> str:
+def _map(title: str, cells: Cells, number: Callable[[float], str]) -> str:
     n_layers = 1 + max(layer for _role, layer in cells)
     return heat_map(title, ROLES, n_layers, cells, number)
 
@@ -150,12 +151,12 @@ def _placed(tensors: Sequence[TensorReport]) -> Iterator[tuple[tuple[str, int], 
 
 
 def _tensors(tensors: Sequence[TensorReport]) -> str:
-    head = ("tensor", "from", "to", "shape", "size", "error")
+    head = ("tensor", "type", "error", "MB", "shape", "from")
     groups = []
     for name, members in groupby(tensors, _group):
         rows = "".join(_tensor(each) for each in members)
         groups.append(f'<tbody><tr class="group"><th colspan="{len(head)}">{text(name)}</th></tr>{rows}</tbody>')
-    cells = "".join(cell("th", each, number=i > 2) for i, each in enumerate(head))
+    cells = "".join(cell("th", each, number=i > 1) for i, each in enumerate(head))
     return f'<div class="wide"><table><thead><tr>{cells}</tr></thead>{"".join(groups)}</table></div>'
 
 
@@ -165,9 +166,8 @@ def _group(tensor: TensorReport) -> str:
 
 
 def _tensor(each: TensorReport) -> str:
-    words = (each.name, each.source, each.format.name)
-    numbers = (" × ".join(map(str, each.shape)), _megabytes(each.n_bytes), f"{each.rms_error:.3%}")
-    cells = [*(cell("td", word) for word in words), *(cell("td", number, number=True) for number in numbers)]
+    numbers = (f"{each.rms_error:.3%}", f"{each.n_bytes / 1e6:,.3f}", " × ".join(map(str, each.shape)), each.source)
+    cells = [cell("td", each.name), cell("td", each.format.name), *(cell("td", n, number=True) for n in numbers)]
     return f"<tr>{''.join(cells)}</tr>"
 
 

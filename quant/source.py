@@ -80,7 +80,8 @@ def _placed(entry: Placement, tensors: dict[str, Stored]) -> Weights:
     parts = [tensors[name] for name in entry.sources]
     dtype, data = parts[0].dtype, parts[0].data
     if len(parts) > 1:
-        return Weights(entry.name, (len(parts), *entry.shape), dtype, lambda a, b: _expert_rows(parts, a, b))
+        widest = dtype if len({part.dtype for part in parts}) == 1 else "F32"
+        return Weights(entry.name, (len(parts), *entry.shape), widest, lambda a, b: _expert_rows(parts, a, b))
     if entry.rotary_heads:
         order = interleaved(entry.shape[0], entry.rotary_heads)
         return Weights(entry.name, entry.shape, dtype, lambda a, b: to_float32(dtype, data[order[a:b]]))
