@@ -7,7 +7,7 @@ a layer nothing of an earlier chunk is seen.
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +22,14 @@ from llmq.errors import FileFormatError, UsageError
 from llmq.gguf import GGUF, quoted
 from llmq.tokenizer import Tokenizer, load_tokenizer
 from quant.calibration import DEFAULT_TEXT, Calibration, Inputs
-from quant.model import open_model
+from quant.memory import BASE_BYTES, TEXT_BYTES, check_room
+from quant.model import SourceModel, open_model
 
 # Every token has a hidden state in memory all the time: 2 GiB of them where a model is 4096 wide.
 MAX_TOKENS = 1 << 17
+# A moment is summed in float64 and kept in float32, for the text and for what is held out of it; what feedback needs of
+# it is float32 twice, of a layer and the one before.
+MOMENT_BYTES = 56
 # One chunk of so many is held out.
 HELD = 5
 
@@ -63,32 +67,63 @@ def calibrate(
     out does not depend on `threads` (default: one per physical core). `tell` is told the layer that is about to be run,
     from 1, and how many there are.
 
-    Raises UsageError (a text that is empty or too long), FileFormatError and UnsupportedError (the source).
+    Raises at once UsageError (a text that is empty or too long), ResourceError (memory), FileFormatError and
+    UnsupportedError (the source); on the way FileFormatError for weights that give no numbers.
     """
     model = open_model(src)
+    chunks = chunks_of(load_tokenizer(model.gguf.metadata), text, min(BATCH, model.config.context_length))
+    check_room("calibrating", predicted_memory(model, chunks, block), ", or give a shorter text")
+    return _layers(model, chunks, threads or usable_cores(), block, tell)
+
+
+def _layers(
+    model: SourceModel, chunks: list[list[int]], n_threads: int, block: int, tell: Callable[[int, int], None] | None
+) -> Iterator[LayerStatistics]:
     config, gguf = model.config, model.gguf
-    chunks = chunks_of(load_tokenizer(gguf.metadata), text, min(BATCH, config.context_length))
     hidden = [np.empty((len(chunk), config.dim), np.float32) for chunk in chunks]
-    shapes = {name: info.shape for name, info in gguf.tensors.items()}
-    with closing(Engine(gguf, config, threads or usable_cores())) as engine:
+    with closing(Engine(gguf, config, n_threads)) as engine:
         ring = engine.ring(len(chunks[0]))
         for i in range(config.n_layers):
             if tell:
                 tell(i + 1, config.n_layers)
             model.prepare(i)
-            sums = {what: _Sums(names, shapes, block) for what, names in _readers(config, i).items()}
+            sums = {what: _Sums(names, _shapes(gguf), block) for what, names in _readers(config, i).items()}
             for place, (chunk, x) in enumerate(zip(chunks, hidden, strict=True)):
                 _run_layer(engine, i, chunk, ring, x, sums, held=_is_held(place))
             if not all(np.isfinite(x).all() for x in hidden) or not all(each.fits() for each in sums.values()):
                 raise _overflow(f"layer {i}", gguf)
             model.release()
-            yield _statistics(i, config, chunks, sums.values())
-    output = _Sums(("token_embd.weight" if config.tied_embeddings else "output.weight",), shapes, block)
+            found = _statistics(i, config, chunks, sums.values())
+            sums.clear()
+            yield found
+            del found
+    output = _Sums(("token_embd.weight" if config.tied_embeddings else "output.weight",), _shapes(gguf), block)
     for place, x in enumerate(hidden):
         output.add(0, rms_norm(x, gguf, "output_norm.weight", config.rms_eps), held=_is_held(place))
     if not output.fits():
         raise _overflow("the last norm", gguf)
     yield _statistics(config.n_layers, config, chunks, [output])
+
+
+def predicted_memory(model: SourceModel, chunks: Sequence[list[int]], block: int) -> int:
+    """Bytes at the peak: the compiler and the vocabulary, the text's hidden states, one layer as the source has it, and
+    with moments those of one layer with what is made of them.
+    """
+    tensors, config = model.gguf.tensors, model.config
+    layer = sum(info.n_bytes for name, info in tensors.items() if name.startswith("blk.0."))
+    inputs = [tensors[names[0]].shape for names in _readers(config, 0).values()]
+    columns = sum(math.prod(shape) // shape[-2] for shape in inputs)
+    return (
+        BASE_BYTES
+        + TEXT_BYTES * config.vocab_size
+        + 4 * sum(map(len, chunks)) * config.dim
+        + layer
+        + columns * block * MOMENT_BYTES
+    )
+
+
+def _shapes(gguf: GGUF) -> dict[str, tuple[int, ...]]:
+    return {name: info.shape for name, info in gguf.tensors.items()}
 
 
 def _overflow(what: str, gguf: GGUF) -> FileFormatError:

@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import psutil
 
-from llmq.errors import ResourceError, UsageError
+from llmq.errors import UsageError
 from llmq.formats import Format
 from llmq.gguf import GGUFWriter, TensorSpec, quoted
 from llmq.jit import source_stamp
 from llmq.part import Note
 from quant.encode import FAST, ROUNDS, check_range, encode_guided, squared_error
 from quant.guide import Guide, Guides, no_guide
+from quant.memory import BASE_BYTES, TEXT_BYTES, check_room
 from quant.outputs import check_outputs
 from quant.receipt import PREFIX, measured, receipt, relative, row_digests, settings
 from quant.recipe import PRESETS, Override, assign, takes_type
@@ -36,10 +36,8 @@ MEASURED_CHUNKS = 8
 RELEASED_CHUNKS = 64
 QUANTIZATION_VERSION = 2
 
-# Memory: of a process that has compiled every encoder, of a weight that is being encoded, of a token in the metadata.
-BASE_BYTES = 350 << 20
+# Memory of a weight that is being encoded.
 WORKING_BYTES = 48
-TEXT_BYTES = 600
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,18 +253,8 @@ def predicted_memory(source: Source, n_threads: int) -> int:
     return BASE_BYTES + chunk * per_weight + n_texts * TEXT_BYTES
 
 
-def free_memory() -> int:
-    """Bytes that this process may have, those it has already among them."""
-    return psutil.virtual_memory().available + psutil.Process().memory_info().rss
-
-
 def check_memory(source: Source, n_threads: int) -> None:
-    needed, free = predicted_memory(source, n_threads), free_memory()
-    if needed > free:
-        raise ResourceError(
-            f"{n_threads} threads need {needed / 1e9:.2f} GB of memory to quantize and {free / 1e9:.2f} GB is free; "
-            "close other programs"
-        )
+    check_room(f"quantizing with {n_threads} threads", predicted_memory(source, n_threads))
 
 
 def _available() -> int:

@@ -17,15 +17,15 @@ import numpy as np
 from llmq.cache import KVRing
 from llmq.cores import usable_cores
 from llmq.engine.cpu import BATCH, Engine
-from llmq.errors import ResourceError, UsageError
+from llmq.errors import UsageError
 from llmq.formats import BF16, F16, F32, Q3_K, Q4_0, Format, dequantize, row_bytes
 from llmq.gguf import GGUF, quoted
 from llmq.tokenizer import load_tokenizer
 from quant.calibrate import chunks_of
 from quant.encode import FAST, check_range, encode
 from quant.evaluate import LEAST_TOKENS, divergence, targets
+from quant.memory import BASE_BYTES, TEXT_BYTES, check_room
 from quant.model import SourceModel, open_model
-from quant.quantize import BASE_BYTES, TEXT_BYTES, free_memory
 from quant.recipe import takes_type
 from quant.reference import output_log_probs, output_name
 
@@ -141,12 +141,7 @@ def predicted_memory(model: SourceModel, chunks: Sequence[list[int]]) -> int:
 
 
 def check_memory(model: SourceModel, chunks: Sequence[list[int]]) -> None:
-    needed, free = predicted_memory(model, chunks), free_memory()
-    if needed > free:
-        raise ResourceError(
-            f"measuring sensitivity needs {needed / 1e9:.2f} GB of memory and {free / 1e9:.2f} GB is free; "
-            "close other programs, or quantize without a budget"
-        )
+    check_room("measuring sensitivity", predicted_memory(model, chunks), ", or quantize without a budget")
 
 
 def _probed(n_layers: int) -> list[int]:

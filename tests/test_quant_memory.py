@@ -12,7 +12,9 @@ from checkpoints import hf_config, hf_shapes, write_checkpoint
 from llmq.errors import ResourceError
 from llmq.formats import F32
 from llmq.gguf import GGUFWriter, TensorSpec
+from quant import calibrate
 from quant import quantize as module
+from quant.guide import Running
 from quant.quantize import predicted_memory, quantize
 from quant.source import open_source
 
@@ -67,6 +69,36 @@ def test_the_peak_is_below_the_prediction(tmp_path: Path, make) -> None:
     assert peak < predicted < 600e6
 
 
+# The same with guides of a run of the model: the memory of both, which have one compiler and one vocabulary.
+GUIDED = """
+import re, sys
+from pathlib import Path
+from quant import calibrate
+from quant.guide import Running
+from quant.memory import BASE_BYTES
+from quant.quantize import predicted_memory, quantize
+from quant.source import open_source
+source, out, text = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+predicted = [predicted_memory(open_source(source), 2) - BASE_BYTES]
+calibrate.check_room = lambda _what, needed, _otherwise: predicted.append(needed)
+for _ in quantize(source, out, "q4_k_m", threads=2, guides=Running(source, text, "text", threads=2)):
+    pass
+print(sum(predicted), int(re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1]) << 10)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux to tell a process's peak")
+@pytest.mark.parametrize("n_experts", [0, 8])
+def test_the_peak_of_a_calibrated_run_is_below_the_prediction(tmp_path: Path, n_experts: int) -> None:
+    shape = {"hidden_size": 1024, "intermediate_size": 2048 if n_experts else 8192, "num_hidden_layers": 2}
+    experts = {"num_local_experts": n_experts, "num_experts_per_tok": 2, "model_type": "mixtral"} if n_experts else {}
+    write_checkpoint(tmp_path / "model", **shape, **experts)
+    text = "The keeper of the light went down to the harbour and asked for bread. " * 120
+    command = [sys.executable, "-c", GUIDED, str(tmp_path / "model"), str(tmp_path / "out.gguf"), text]
+    predicted, peak = map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+    assert peak < predicted < 2 * peak
+
+
 def test_the_prediction_grows_with_threads_and_not_with_tensors(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "small")
     small, large = open_source(tmp_path / "small"), open_source(empty_checkpoint(tmp_path / "large"))
@@ -76,9 +108,12 @@ def test_the_prediction_grows_with_threads_and_not_with_tensors(tmp_path: Path) 
 
 def test_too_little_memory_is_refused_before_the_first_byte(tmp_path: Path, monkeypatch) -> None:
     write_checkpoint(tmp_path / "model")
-    monkeypatch.setattr(module, "BASE_BYTES", 10**15)
+    for each in module, calibrate:
+        monkeypatch.setattr(each, "BASE_BYTES", 10**15)
     with pytest.raises(
-        ResourceError, match=r"2 threads need 1000000\.\d\d GB of memory to quantize and \d+\.\d\d GB is"
+        ResourceError, match=r"quantizing with 2 threads needs 1000000\.\d\d GB of memory and \d+\.\d\d GB is"
     ):
         next(quantize(tmp_path / "model", tmp_path / "out.gguf", "q8_0", threads=2))
+    with pytest.raises(ResourceError, match=r"calibrating needs 1000000\.\d\d GB of memory"):
+        Running(tmp_path / "model", "The keeper of the light went down to the harbour. " * 9, "text")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -1,0 +1,24 @@
+"""Memory: what a job will take is known before it begins, and compared with what is free."""
+
+import psutil
+
+from llmq.errors import ResourceError
+
+# Of a process that has compiled every encoder, and of a token in the metadata.
+BASE_BYTES = 350 << 20
+TEXT_BYTES = 600
+
+
+def free_memory() -> int:
+    """Bytes that this process may have, those it has already among them."""
+    return psutil.virtual_memory().available + psutil.Process().memory_info().rss
+
+
+def check_room(what: str, needed: int, otherwise: str = "") -> None:
+    """Raises ResourceError where `what` needs more bytes than are free; `otherwise` is another way out."""
+    free = free_memory()
+    if needed > free:
+        raise ResourceError(
+            f"{what} needs {needed / 1e9:.2f} GB of memory and {free / 1e9:.2f} GB is free; "
+            f"close other programs{otherwise}"
+        )
