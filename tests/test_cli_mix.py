@@ -87,8 +87,8 @@ def test_optimized_is_never_larger(tmp_path, capsys, shape, preset) -> None:
     assert 0.9 * plain.stat().st_size < optimized.stat().st_size <= plain.stat().st_size
     with open_gguf(plain) as a, open_gguf(optimized) as b:
         assert a.metadata["general.file_type"] == b.metadata["general.file_type"]
-        assert b.metadata["llmq.type"] == preset
-        remark = f"types for {preset}-optimized by sensitivity on calibration.txt"
+        assert b.metadata["llmq.type"] == f"mix near {preset}"
+        remark = f"types chosen to fit the bytes of {preset}, by sensitivity on calibration.txt"
         assert b.metadata["llmq.settings"] == f"{a.metadata['llmq.settings']}; {remark}"
 
 
@@ -110,7 +110,7 @@ def test_room_for_more_than_there_is(tmp_path, capsys) -> None:
     assert out.stem == "a-999tb"
     with open_gguf(out) as gguf:
         assert {info.format for info in gguf.tensors.values() if len(info.shape) > 1} == {Q8_0}
-        assert gguf.metadata["llmq.type"] == "q8_0"
+        assert gguf.metadata["llmq.type"] == "mix near q8_0"
 
 
 @pytest.mark.usefixtures("sensitivity")

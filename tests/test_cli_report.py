@@ -101,14 +101,14 @@ def test_a_page_is_written_where_the_model_cannot_be_compared(llmq: Run) -> None
 
 def test_a_mix_says_what_it_was_to_fit(llmq: Run) -> None:
     """Without a calibration, too, the model has been run, so that there are figures."""
-    assert quantize(llmq, "--optimize", "-q", "q8_0", "--report", "page.html")[0] == 0
+    assert quantize(llmq, "--optimize", "-q", "q6_k", "--report", "page.html")[0] == 0
     metadata = open_gguf(Path("out.gguf")).metadata
-    words = "fast; types chosen to fit the bytes of q8_0, by sensitivity on calibration.txt"
+    words = "fast; types chosen to fit the bytes of q6_k, by sensitivity on calibration.txt"
     assert metadata["llmq.settings"] == words
-    assert metadata["llmq.type"] == "mix near q8_0"
+    assert metadata["llmq.type"] == "mix near q6_k"
     assert "llmq.calibration_sha256" not in metadata
     found = texts(Path("page.html"))
-    assert "in.gguf as mix near q8_0" in found
+    assert "in.gguf as mix near q6_k" in found
     assert "mean KL divergence, nats" in found
 
 
@@ -132,7 +132,7 @@ def test_budgets_in_words(budget: tuple[bool, str | None, float | None], goal: s
         ("none/page.html", "its folder is not there"),
         ("folder.html", "it is a folder"),
         ("out.html", "would be written twice"),
-        ("text.html", "is an input of this command"),
+        ("text.html", "is an input, which"),
     ],
 )
 def test_pages_that_cannot_be_are_refused_before_anything(llmq: Run, report: str, said: str) -> None:

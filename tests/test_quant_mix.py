@@ -71,7 +71,7 @@ def test_sizes_are_those_of_the_file(tmp_path: Path, changes: dict[str, Any], al
     mix = {name: Q8_0 if "attn" in name else F16 for name in matrices(source)}
     formats = dict.fromkeys((weights.name for weights in source.weights), F32) | mix
     list(quantize(path, out, "q4_k_m", mix=mix, remarks=["a remark"], fast=True))
-    metadata = file_metadata(source, path, "q4_k_m", settings(True, (), ["a remark"]), "")
+    metadata = file_metadata(source, path, "q4_k_m", settings(True, (), ["a remark"]), "", mixed=True)
     assert file_bytes(source, formats, metadata) == out.stat().st_size
     with open_gguf(out) as gguf:
         in_file = sum(math.ceil(gguf.tensors[name].n_bytes / alignment) * alignment for name in mix)
