@@ -7,14 +7,15 @@ pieces. The checkpoint has Mistral 7B's shapes, normal random weights, and as ma
 Each round runs the converter to F16 and then llama-quantize, llmq, and llmq --fast, one after the other, all with two
 threads; what is printed are medians, the others' time over ours, weights a second and thread, and peak memory of the
 process with the pages it maps. A run of llmq on a small checkpoint comes first, so that nothing is compiled in what is
-timed. `--options` are further options of llmq, timed once.
+timed. `--options` are further options of llmq, timed once. Linux.
 """
 
 import argparse
 import json
-import os
+import re
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -27,7 +28,7 @@ from synthetic import shape
 from llmq.config import ModelConfig
 from quant.names import tensor_map
 
-THREADS = 2
+THREADS, PERIOD = 2, 0.05
 PYTHON = (sys.executable,)
 LLMQ = (*PYTHON, "-m", "cli.main", "quantize")
 
@@ -87,14 +88,16 @@ def _write_shard(path: Path, tensors: dict[str, tuple[int, ...]], rng: np.random
 
 
 def run(*command: str | Path) -> tuple[float, int]:
-    """Seconds, and bytes of memory at the peak."""
-    start = time.perf_counter()
-    quiet = [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_WRONLY, 0) for fd in (1, 2)]
-    arguments = [str(each) for each in command]
-    pid = os.posix_spawn(arguments[0], arguments, os.environ, file_actions=quiet)
-    _pid, status, usage = os.wait4(pid, 0)
-    assert status == 0, arguments
-    return time.perf_counter() - start, usage.ru_maxrss * 1024
+    """Seconds, and bytes of memory at the peak, sampled: what getrusage tells begins with this process's own."""
+    peak, start = 0, time.perf_counter()
+    process = subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    status = Path(f"/proc/{process.pid}/status")
+    while process.poll() is None:
+        found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text())
+        peak = max(peak, int(found[1]) << 10 if found else 0)
+        time.sleep(PERIOD)
+    assert process.returncode == 0, command
+    return time.perf_counter() - start, peak
 
 
 def main() -> None:
@@ -110,7 +113,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.keep) as temporary:
         folder = Path(temporary)
         small, large = folder / "small", folder / "large"
-        make_checkpoint(small, shape("small", n_layers=1, ffn_dim=512, dim=512, n_heads=4), arguments.tokenizer)
+        make_checkpoint(small, shape("small", n_layers=1, ffn_dim=512, dim=512, n_heads=8), arguments.tokenizer)
         n_weights = make_checkpoint(large, shape("large", n_layers=arguments.layers), arguments.tokenizer)
         full, out = folder / "f16.gguf", folder / "out.gguf"
         runs: dict[str, tuple[str | Path, ...]] = {

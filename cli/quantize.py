@@ -56,7 +56,7 @@ Report = Annotated[
     Path | None,
     typer.Option("--report", metavar="FILE", help="Also write a web page about the result, to FILE.html."),
 ]
-Fast = Annotated[bool, typer.Option("--fast", help="Search less: several times faster, a little more error.")]
+Fast = Annotated[bool, typer.Option("--fast", help="Search less: a third less time, a little more error.")]
 
 
 def quantize(
