@@ -22,6 +22,7 @@ from quant.quantize import quantize
 from quant.recipe import PRESETS
 
 TOLERANCE = 0.002
+TRIES = 5
 
 
 def tell(line: str) -> None:
@@ -37,13 +38,14 @@ def perplexity_here(path: Path, text: str, n_ctx: int, n_chunks: int) -> tuple[f
 
 
 def perplexity_there(tools: Path, path: Path, text: Path, n_ctx: int, n_chunks: int) -> float:
-    # What it prints may be cut off when it ends; its log file is whole.
+    # What it prints last may be lost when it ends, on its screen and in its log; then it is run again.
     log = path.with_suffix(".log")
     command = [tools / "llama-perplexity", "-m", path, "-f", text, "-c", n_ctx, "-b", n_ctx, "--chunks", n_chunks]
-    subprocess.run([*map(str, command), "--log-file", str(log)], check=True, capture_output=True)
-    found = re.search(r"PPL = ([0-9.]+)", log.read_text("utf-8", "replace"))
-    assert found, "llama-perplexity gave no figure"
-    return float(found[1])
+    for _ in range(TRIES):
+        done = subprocess.run([*map(str, command), "--log-file", str(log)], check=True, capture_output=True)
+        if found := re.search(rb"PPL = ([0-9.]+)", log.read_bytes() + done.stdout + done.stderr):
+            return float(found[1])
+    raise RuntimeError("llama-perplexity gave no figure")
 
 
 def main() -> None:
