@@ -22,6 +22,7 @@ from llmq.errors import FileFormatError, UsageError
 from llmq.gguf import GGUF, quoted
 from llmq.tokenizer import Tokenizer, load_tokenizer
 from quant.calibration import DEFAULT_TEXT, Calibration, Inputs
+from quant.limits import check_finite
 from quant.memory import BASE_BYTES, TEXT_BYTES, check_room
 from quant.model import SourceModel, open_model
 
@@ -91,6 +92,7 @@ def _layers(
             for place, (chunk, x) in enumerate(zip(chunks, hidden, strict=True)):
                 _run_layer(engine, i, chunk, ring, x, sums, held=_is_held(place))
             if not all(np.isfinite(x).all() for x in hidden) or not all(each.fits() for each in sums.values()):
+                check_finite(gguf, "token_embd.", f"blk.{i}.")
                 raise _overflow(f"layer {i}", gguf)
             model.release()
             found = _statistics(i, config, chunks, sums.values())
@@ -101,6 +103,7 @@ def _layers(
     for place, x in enumerate(hidden):
         output.add(0, rms_norm(x, gguf, "output_norm.weight", config.rms_eps), held=_is_held(place))
     if not output.fits():
+        check_finite(gguf, "output_norm.")
         raise _overflow("the last norm", gguf)
     yield _statistics(config.n_layers, config, chunks, [output])
 
@@ -128,7 +131,7 @@ def _shapes(gguf: GGUF) -> dict[str, tuple[int, ...]]:
 
 def _overflow(what: str, gguf: GGUF) -> FileFormatError:
     return FileFormatError(
-        f"{what} of {quoted(gguf.path.name)} gives values that are not finite or too large: its weights are damaged; "
+        f"{what} of {quoted(gguf.path.name)} gives values that are too large: its weights are damaged; "
         "download or make it again"
     )
 

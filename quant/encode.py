@@ -1,10 +1,9 @@
-"""Weights to packed rows: one encoder per format, and the check that a format can hold the weights at all."""
+"""Weights to packed rows: one encoder per format."""
 
 from collections.abc import Callable
 
 import numpy as np
 
-from llmq.errors import FileFormatError, UnsupportedError
 from llmq.formats import BF16, F16, F32, Q8_0, Format, dequantize, row_bytes
 from quant.encode_q8_0 import encode_q8_0
 from quant.feedback import Feedback, round_rows, weighted_error
@@ -33,11 +32,6 @@ def _bf16(rows: np.ndarray) -> np.ndarray:
 
 
 PLAIN: dict[Format, Callable[[np.ndarray], np.ndarray]] = {F32: _f32, F16: _f16, BF16: _bf16}
-
-# The largest magnitude a format holds; block formats keep scales and minima as half floats.
-BF16_MAX = float(np.uint32(0x7F7F8000 - 1).view(np.float32))
-LIMITS = {F32: float(np.finfo(np.float32).max), BF16: BF16_MAX}
-HALF_MAX = 65504.0
 
 
 def encode(
@@ -84,18 +78,6 @@ def encode_guided(
     together = encode(fmt, rows, feedback=guide.feedback[expert], rounds=rounds)
     errors = [weighted_error(dequantize(fmt, each) - rows, guide.held[expert]) for each in (together, alone)]
     return together if errors[0] < errors[1] else alone
-
-
-def check_range(name: str, fmt: Format, rows: np.ndarray) -> None:
-    """Raises FileFormatError where weights are not finite, UnsupportedError where one is too large for the format."""
-    largest = max(float(rows.max()), -float(rows.min()))
-    # Written so that NaN, which compares false with everything, is caught too.
-    if not largest < np.inf:
-        raise FileFormatError(f"tensor {name} has weights that are not finite; download or make the checkpoint again")
-    if largest > LIMITS.get(fmt, HALF_MAX):
-        raise UnsupportedError(
-            f"tensor {name} has a weight of magnitude {largest:.4g}, too large for {fmt.name}; quantize to bf16 or f32"
-        )
 
 
 def squared_error(fmt: Format, rows: np.ndarray, packed: np.ndarray) -> tuple[float, float]:

@@ -24,6 +24,8 @@ from llmq.sampler import NOT_NUMBERS
 from quant.statistics import Estimate, mean, share
 
 LEAST_TOKENS = 32
+# The exp() of more is no float.
+LARGEST_EXPONENT = 709.0
 QUANTILES = (0.5, 0.9, 0.95, 0.99, 0.999, 1.0)
 
 # One prediction: log probability of the right token by the model and by the reference, KL(reference || model) in nats,
@@ -164,7 +166,12 @@ def evaluate(found: Iterable[np.ndarray], pieces: Sequence[Sequence[int]]) -> It
 
 def perplexity(logp: np.ndarray) -> Estimate:
     """exp of the mean surprise, of log probabilities of the right tokens [n_chunks, n]."""
-    return mean(-logp).map(math.exp)
+    return mean(-logp).map(_exp)
+
+
+def _exp(nats: float) -> float:
+    """Infinite where no float is so large: a bad model may give a token next to no probability."""
+    return math.exp(nats) if nats < LARGEST_EXPONENT else math.inf
 
 
 def evaluation(logp: np.ndarray) -> Evaluation:

@@ -19,6 +19,7 @@ from quant.calibration import Calibration, Inputs
 SUMS, COUNTS = ".in_sum2", ".counts"
 DATASETS, CHUNK_COUNT, CHUNK_SIZE = "imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size"
 ROUTER = "ffn_gate_inp.weight"
+MOST_TOKENS = 1 << 53
 
 
 def write_imatrix(path: Path, calibration: Calibration) -> None:
@@ -70,6 +71,8 @@ def _read_inputs(gguf: GGUF, name: str, shapes: Mapping[str, tuple[int, ...]]) -
     # Files from before experts were counted apart have one number for all.
     if counts.size not in (1, n_experts):
         raise _misfit(gguf, f"it has {counts.size} counts for the {n_experts} experts of {name}")
+    if counts.max() > MOST_TOKENS:
+        raise _damaged(gguf, f"tensor {quoted(name + COUNTS)} counts more tokens than any text has")
     return Inputs(sums.reshape(n_experts, n_cols), np.broadcast_to(np.rint(counts).astype(np.int64), n_experts))
 
 

@@ -26,9 +26,10 @@ from llmq.formats import (
 from llmq.gguf import GGUFWriter, TensorSpec
 from llmq.gguf_header import ALIGNMENT
 from quant.budget import Option, allocate
-from quant.encode import FAST, ROUNDS, check_range, encode, encode_guided
+from quant.encode import FAST, ROUNDS, encode, encode_guided
 from quant.feedback import weighted_error
 from quant.guide import Guide, Guides, no_guide
+from quant.limits import check_range
 from quant.recipe import PRESETS, Override, assign, override_of, takes_type
 from quant.sensitivity import Tell, probe_format, unheard
 from quant.source import Source, Weights, in_layer_order

@@ -18,8 +18,9 @@ from llmq.formats import Format
 from llmq.gguf import GGUFWriter, TensorSpec, quoted
 from llmq.jit import source_stamp
 from llmq.part import Note
-from quant.encode import FAST, ROUNDS, check_range, encode_guided, squared_error
+from quant.encode import FAST, ROUNDS, encode_guided, squared_error
 from quant.guide import Guide, Guides, no_guide
+from quant.limits import check_range
 from quant.memory import BASE_BYTES, TEXT_BYTES, check_room
 from quant.outputs import check_outputs
 from quant.receipt import PREFIX, measured, receipt, relative, row_digests, settings

@@ -18,6 +18,7 @@ from llmq.gguf import GGUF
 from llmq.sampler import NOT_NUMBERS
 from quant.calibrate import rms_norm
 from quant.evaluate import log_softmax
+from quant.limits import check_finite
 from quant.model import SourceModel, open_model
 
 # Rows of the output matrix that are float32 at a time.
@@ -43,6 +44,7 @@ def output_log_probs(gguf: GGUF, config: ModelConfig, hidden: np.ndarray) -> np.
     """
     logits = _logits(gguf, config, hidden)
     if not np.isfinite(logits).all():
+        check_finite(gguf, "output")
         raise FileFormatError(NOT_NUMBERS)
     return log_softmax(logits)
 

@@ -17,13 +17,15 @@ import numpy as np
 from llmq.cache import KVRing
 from llmq.cores import usable_cores
 from llmq.engine.cpu import BATCH, Engine
-from llmq.errors import UsageError
+from llmq.errors import FileFormatError, UsageError
 from llmq.formats import BF16, F16, F32, Q3_K, Q4_0, Format, dequantize, row_bytes
 from llmq.gguf import GGUF, quoted
+from llmq.sampler import NOT_NUMBERS
 from llmq.tokenizer import load_tokenizer
 from quant.calibrate import chunks_of
-from quant.encode import FAST, check_range, encode
+from quant.encode import FAST, encode
 from quant.evaluate import LEAST_TOKENS, divergence, targets
+from quant.limits import STRIP, check_finite, check_range
 from quant.memory import BASE_BYTES, TEXT_BYTES, check_room
 from quant.model import SourceModel, open_model
 from quant.recipe import takes_type
@@ -33,8 +35,6 @@ PROBED_LAYERS = 12
 # A model of so many weights is probed on one chunk of text, smaller ones on up to eight.
 LARGE = 1 << 30
 MOST_CHUNKS = 8
-# Weights that are encoded at a time.
-STRIP = 1 << 22
 # Of a weight in a strip, and of a token's probability: floats, their encoding, and what is between.
 STRIP_BYTES, PROBABILITY_BYTES = 24, 40
 FLOATS = (F32, F16, BF16)
@@ -102,6 +102,9 @@ def sensitivities(src: Path, text: str, *, threads: int | None = None, tell: Tel
             for probe in probes:
                 with _altered_engine(engine, model, i, probe.name) as own:
                     _run_layer(own, i, probe, chunks, ring)
+            if not all(np.isfinite(x).all() for x in probes[0].hidden):
+                check_finite(gguf, "token_embd.", f"blk.{i}.")
+                raise FileFormatError(NOT_NUMBERS)
             model.release()
     tell(config.n_layers + 1, config.n_layers + 1)
     if not config.tied_embeddings:

@@ -225,14 +225,16 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         patch.setattr("quant.calibrate.MAX_TOKENS", 20)
         with pytest.raises(UsageError, match=r"has \d+ tokens; give one of up to 20"):
             run(tmp_path / "model")
-    for layer, name, value in (
-        (1, "model.layers.1.mlp.down_proj.weight", np.nan),
-        (0, "model.embed_tokens.weight", np.inf),
+    for name, value, theirs in (
+        ("model.layers.1.mlp.down_proj.weight", np.nan, "blk.1.ffn_down.weight"),
+        ("model.layers.0.input_layernorm.weight", np.nan, "blk.0.attn_norm.weight"),
+        ("model.embed_tokens.weight", np.inf, "token_embd.weight"),
     ):
-        hf[name][3:, 5] = value
-        damaged = {name: stored(value, "F32") for name, value in hf.items()}
+        changed = hf[name].copy()
+        changed[..., 5] = value
+        damaged = {name: stored(value, "F32") for name, value in (hf | {name: changed}).items()}
         (tmp_path / "model" / "model.safetensors").write_bytes(safetensors_bytes(damaged))
-        with pytest.raises(FileFormatError, match=f"layer {layer} of 'model' gives values that are not finite"):
+        with pytest.raises(FileFormatError, match=f"^tensor {theirs} has weights that are not finite"):
             run(tmp_path / "model", block=64)
     write_checkpoint(tmp_path / "odd", hidden_size=80, head_dim=40, num_attention_heads=2, intermediate_size=96)
     with pytest.raises(UnsupportedError, match="head size is 40"):

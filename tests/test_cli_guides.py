@@ -149,6 +149,7 @@ REFUSED = [
     (["--text", "empty.txt"], 2, "the text for calibration has no tokens"),
     (["--text", "latin.txt"], 2, "'latin.txt' is not UTF-8 text (byte 3)"),
     (["--text", "absent.txt"], 2, "there is no file 'absent.txt'"),
+    (["--text", "."], 2, "there is no file '.'"),
     (["--text", "long.txt"], 2, "more than 16 MiB"),
     (["--imatrix", "absent.gguf"], 2, "cannot open"),
     (["--imatrix", "text.txt"], 4, "'text.txt'"),

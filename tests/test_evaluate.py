@@ -123,6 +123,14 @@ def test_divergence_of_two_coins() -> None:
     assert records["same_top"].tolist() == [False, True]
 
 
+def test_a_perplexity_that_is_no_float_is_infinite() -> None:
+    """Also where only the end of an interval is."""
+    assert ev.evaluation(np.full((2, 3), -800.0)).perplexity == Estimate(math.inf, math.inf, math.inf)
+    found = ev.evaluation(np.array([[-1.0, -900.0]])).perplexity
+    assert found.value == pytest.approx(math.exp(450.5))
+    assert (found.low, found.high) == (0, math.inf)
+
+
 def test_of_a_model_and_itself(model: Model) -> None:
     found = compared(model, model, ev.chunks(some_ids(64 * 9), 64, BOS))
     assert found.kl == found.p_difference == found.p_rms == Estimate(0, 0, 0)

@@ -129,6 +129,7 @@ def changed(name: str, value: Any) -> Callable[[Arrays], None]:
         (changed("blk.0.attn_q.weight.in_sum2", np.full(64, np.nan, np.float32)), "negative or not finite"),
         (changed("blk.0.attn_q.weight.in_sum2", np.full(64, -1, np.float32)), "negative or not finite"),
         (changed("blk.0.attn_q.weight.counts", np.array([np.inf], np.float32)), "negative or not finite"),
+        (changed("blk.0.attn_q.weight.counts", np.array([1e30], np.float32)), "more tokens than any text has"),
         (changed("blk.0.attn_q.weight.in_sum2", np.ones(64, np.float16)), "is F16, and must be F32"),
         (changed("blk.0.attn_q.weight.in_sum2", np.ones(32, np.float32)), r"32 sums .* 1 x 64 columns"),
         (changed("blk.0.ffn_down_exps.weight.counts", np.ones(3, np.float32)), "3 counts for the 4 experts"),

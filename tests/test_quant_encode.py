@@ -12,9 +12,10 @@ from hypothesis.extra.numpy import arrays
 
 from llmq.errors import FileFormatError, UnsupportedError
 from llmq.formats import BF16, F16, F32, IQ4_NL, IQ4_XS, Q4_K, Q8_0, Format
-from quant.encode import FAST, PLAIN, ROUNDS, check_range, encode, squared_error
+from quant.encode import FAST, PLAIN, ROUNDS, encode, squared_error
 from quant.feedback import DAMPING, prepare
 from quant.grid import GRIDS
+from quant.limits import check_range
 
 WRITTEN = [*PLAIN, *GRIDS, Q8_0]
 ALL = pytest.mark.parametrize("fmt", WRITTEN, ids=lambda fmt: fmt.name)

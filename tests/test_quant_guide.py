@@ -363,6 +363,6 @@ def test_weights_that_make_inputs_too_large(tmp_path: Path) -> None:
         changed = hf | {name: hf[name] * factor, "model.layers.0.self_attn.o_proj.weight": np.full((256, 256), 1e-26)}
         data = safetensors_bytes({name: stored(value, "F32") for name, value in changed.items()})
         (source / "model.safetensors").write_bytes(data)
-        with pytest.raises(FileFormatError, match=f"{where} of 'model' gives values that are not finite or too large"):
+        with pytest.raises(FileFormatError, match=f"{where} of 'model' gives values that are too large"):
             run(source, tmp_path / "out.gguf", "f32", Running(source, TEXT, "", threads=2))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]

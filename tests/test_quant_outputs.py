@@ -24,6 +24,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("far.gguf", "sub/far.gguf"),
         ("new.gguf", "sub/new.gguf"),
         ("older.gguf", "old.gguf"),
+        ("loop.gguf", "loop.gguf"),
     ):
         Path(link).symlink_to(to)
     os.link("in.gguf", "hard.gguf")
@@ -48,6 +49,8 @@ def test_outputs_that_can_be() -> None:
     check(["new.gguf", "old.gguf", "sub/page.html"], ["in.gguf", "absent.txt", "pipe"])
     check(["sub/in.gguf", "sub/old.gguf"], ["in.gguf", "old.gguf"])
     check([], ["in.gguf"])
+    check(["new.gguf"], ["loop.gguf"])
+    check(["loop.gguf"], ["in.gguf"])
 
 
 @pytest.mark.parametrize(
