@@ -54,7 +54,7 @@ TensorType = Annotated[
 ]
 Report = Annotated[
     Path | None,
-    typer.Option("--report", metavar="FILE", help="Also write a web page about the result, to FILE.html."),
+    typer.Option("--report", metavar="FILE", help="Also write a web page about the result; FILE ends in .html."),
 ]
 Fast = Annotated[bool, typer.Option("--fast", help="Search less: a third less time, a little more error.")]
 
@@ -118,13 +118,14 @@ def quantize(
         remarks=remarks,
     )
     done = follow(quantized, f"{one_line(source.name, 40)} to {label}")
+    name = out.stem if out.parent == models_dir() else str(out)
+    note(f"{size(out.stat().st_size)} written; talk to it: llmq chat {one_line(name)}")
+    sys.stdout.write(f"{one_line(str(out), 4096)}\n")
+    sys.stdout.flush()
     if save_imatrix and isinstance(knowledge.guides, Running):
         write_imatrix(save_imatrix, knowledge.guides.finish())
     if report:
         write_page(report, source, out, done, run=words is not None, calibrated=bool(knowledge.sha256))
-    name = out.stem if out.parent == models_dir() else str(out)
-    note(f"{size(out.stat().st_size)} written; talk to it: llmq chat {one_line(name)}")
-    sys.stdout.write(f"{one_line(str(out), 4096)}\n")
 
 
 def checked_preset(name: str) -> str:

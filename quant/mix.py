@@ -102,13 +102,15 @@ def best_mix(
     over the error that was probed. `guides`, `overrides` and `fast` are those of quantize(); `tell` is told the matrix
     that is about to be tried, from 1, and how many there are.
 
-    Raises UsageError where check_budget() does, FileFormatError for weights that are not finite.
+    Raises UsageError where check_budget() does, FileFormatError for weights that are not finite, UnsupportedError
+    for one that no format can hold.
     """
     options, matrices = {}, in_layer_order(_matrices(source))
     for at, weights in enumerate(matrices):
         tell(at + 1, len(matrices))
-        samples = _samples(weights)
-        errors = _errors(weights, samples, _choices(weights, overrides), guides(weights.name), FAST if fast else ROUNDS)
+        formats = _choices(weights, overrides)
+        samples = _samples(weights, formats)
+        errors = _errors(weights, samples, formats, guides(weights.name), FAST if fast else ROUNDS)
         options[weights.name] = [
             Option(fmt, _in_file(source, weights, fmt), sensitivities[weights.name] * error)
             for fmt, error in errors.items()
@@ -157,8 +159,8 @@ def _errors(
     return {fmt: error / probed if probed else 0.0 for fmt, error in errors.items()}
 
 
-def _samples(weights: Weights) -> list[tuple[int, np.ndarray]]:
-    """Rows evenly taken from every expert of a tensor, with its number."""
+def _samples(weights: Weights, formats: Sequence[Format]) -> list[tuple[int, np.ndarray]]:
+    """Rows evenly taken from every expert of a tensor, with its number; all formats can hold them."""
     n_experts = weights.shape[0] if len(weights.shape) == 3 else 1
     per_expert = weights.n_rows // n_experts
     count = min(per_expert, max(8, SAMPLED_ROWS // n_experts))
@@ -166,7 +168,8 @@ def _samples(weights: Weights) -> list[tuple[int, np.ndarray]]:
     for expert in range(n_experts):
         places = expert * per_expert + np.arange(count) * per_expert // count
         rows = np.concatenate([weights.rows(at, at + 1) for at in places.tolist()])
-        check_range(weights.name, F32, rows)
+        for fmt in formats:
+            check_range(weights.name, fmt, rows)
         samples.append((expert, rows))
     return samples
 

@@ -19,22 +19,41 @@ from llmq.sampler import NOT_NUMBERS
 from quant.calibrate import rms_norm
 from quant.evaluate import log_softmax
 from quant.limits import check_finite
+from quant.memory import BASE_BYTES, TEXT_BYTES, check_room
 from quant.model import SourceModel, open_model
 
-# Rows of the output matrix that are float32 at a time.
+# Rows of the output matrix that are float32 at a time; what a probability takes on the way, of two models and compared.
 OUTPUT_ROWS = 1 << 12
+PROBABILITY_BYTES = 64
 
 
 def source_log_probs(src: Path, pieces: Sequence[Sequence[int]], *, threads: int | None = None) -> Iterator[np.ndarray]:
     """What quant.evaluate.chunk_log_probs gives, of a checkpoint folder or a GGUF file: float64 [n, vocab_size] for
     each chunk of up to 512 ids. All layers are run before the first.
 
-    Raises what open_model raises, and FileFormatError for weights that give no numbers.
+    Raises what open_model raises, ResourceError (memory), and FileFormatError for weights that give no numbers.
     """
     model = open_model(src)
+    check_room("comparing with the source", predicted_memory(model, pieces))
     hidden = _run(model, pieces, threads or usable_cores())
     for piece, x in zip(pieces, hidden, strict=True):
         yield output_log_probs(model.gguf, model.config, x[len(piece) // 2 :])
+
+
+def predicted_memory(model: SourceModel, pieces: Sequence[Sequence[int]]) -> int:
+    """Bytes at the peak: the compiler and the vocabulary, the text's hidden states, one layer as the source has it, a
+    strip of the output matrix, and the probabilities of a chunk.
+    """
+    tensors, config = model.gguf.tensors, model.config
+    layer = sum(info.n_bytes for name, info in tensors.items() if name.startswith("blk.0."))
+    return (
+        BASE_BYTES
+        + TEXT_BYTES * config.vocab_size
+        + 4 * sum(map(len, pieces)) * config.dim
+        + layer
+        + 8 * OUTPUT_ROWS * config.dim
+        + PROBABILITY_BYTES * len(pieces[0]) // 2 * config.vocab_size
+    )
 
 
 def output_log_probs(gguf: GGUF, config: ModelConfig, hidden: np.ndarray) -> np.ndarray:

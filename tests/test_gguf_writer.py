@@ -258,7 +258,7 @@ def test_targets_that_cannot_be_written(tmp_path: Path) -> None:
 
 def test_a_file_larger_than_the_disk_is_refused_at_once(tmp_path: Path) -> None:
     huge = TensorSpec("t", (2**29, 2**29), F32)
-    with pytest.raises(ResourceError, match="GB of disk"), GGUFWriter(tmp_path / "x.gguf", {}, [huge]):
+    with pytest.raises(ResourceError, match="MB of disk"), GGUFWriter(tmp_path / "x.gguf", {}, [huge]):
         pass
     assert list(tmp_path.iterdir()) == []
 
