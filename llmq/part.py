@@ -163,8 +163,8 @@ class PartFile:
         there = sum(path.lstat().st_size for path in part_paths(self.target) if path.exists())
         if free + there < n_bytes:
             raise ResourceError(
-                f"{quoted(self.target.name)} needs {(n_bytes - there) / 1e6:,.0f} MB of disk and {free / 1e6:,.0f} MB is "
-                "free; make room or give another folder"
+                f"{quoted(self.target.name)} needs {(n_bytes - there) / 1e6:,.0f} MB of disk and {free / 1e6:,.0f} MB "
+                "is free; make room or give another folder"
             )
 
     def _hold(self) -> int:

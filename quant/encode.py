@@ -6,7 +6,7 @@ import numpy as np
 
 from llmq.formats import BF16, F16, F32, Q8_0, Format, dequantize, row_bytes
 from quant.encode_q8_0 import encode_q8_0
-from quant.feedback import Feedback, round_rows, weighted_error
+from quant.feedback import Feedback, error_difference, round_rows
 from quant.grid import GRIDS
 from quant.guide import Guide
 from quant.pack import pack
@@ -76,8 +76,8 @@ def encode_guided(
         return alone
     assert guide.held is not None
     together = encode(fmt, rows, feedback=guide.feedback[expert], rounds=rounds)
-    errors = [weighted_error(dequantize(fmt, each) - rows, guide.held[expert]) for each in (together, alone)]
-    return together if errors[0] < errors[1] else alone
+    errors = [dequantize(fmt, each) - rows for each in (together, alone)]
+    return together if error_difference(errors[0], errors[1], guide.held[expert]) < 0 else alone
 
 
 def squared_error(fmt: Format, rows: np.ndarray, packed: np.ndarray) -> tuple[float, float]:

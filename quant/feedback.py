@@ -179,5 +179,14 @@ def round_rows(grid: Grid, rows: np.ndarray, params: np.ndarray, feedback: Feedb
 
 def weighted_error(errors: np.ndarray, moments: np.ndarray) -> float:
     """Sum over rows of e^T H e, for errors float32 [n, n_cols] and moments [n_cols / 256, 256, 256]."""
-    blocks = errors.reshape(len(errors), -1, BLOCK).swapaxes(0, 1)
-    return float(((blocks @ moments) * blocks).sum(dtype=np.float64))
+    return _weighted_product(errors, errors, moments)
+
+
+def error_difference(a: np.ndarray, b: np.ndarray, moments: np.ndarray) -> float:
+    """weighted_error(a) - weighted_error(b), by one product: H is symmetric, so it is (a - b)^T H (a + b)."""
+    return _weighted_product(a - b, a + b, moments)
+
+
+def _weighted_product(a: np.ndarray, b: np.ndarray, moments: np.ndarray) -> float:
+    left, right = (x.reshape(len(x), -1, BLOCK).swapaxes(0, 1) for x in (a, b))
+    return float(((left @ moments) * right).sum(dtype=np.float64))

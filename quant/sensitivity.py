@@ -32,8 +32,8 @@ from quant.recipe import takes_type
 from quant.reference import output_log_probs, output_name
 
 PROBED_LAYERS = 12
-# A model of so many weights is probed on one chunk of text, smaller ones on up to eight.
-LARGE = 1 << 30
+# A model of more weights is probed on part of a chunk, smaller ones on one to eight chunks.
+LARGE, FEW_TOKENS = 1 << 30, 256
 MOST_CHUNKS = 8
 # Of a weight in a strip, and of a token's probability: floats, their encoding, and what is between.
 STRIP_BYTES, PROBABILITY_BYTES = 24, 40
@@ -51,17 +51,21 @@ def probe_format(n_cols: int) -> Format:
 
 
 class Altered(GGUF):
-    """An open file of which one tensor has other rows, float32."""
+    """An open file of which one tensor has other weights: F32 where it is F32, else BF16."""
 
-    __slots__ = ("_gguf", "_name", "_rows")
+    __slots__ = ("_gguf", "_name", "_packed")
 
-    def __init__(self, gguf: GGUF, name: str, rows: np.ndarray) -> None:
-        info = replace(gguf.tensors[name], format=F32, n_bytes=rows.nbytes)
+    def __init__(self, gguf: GGUF, name: str, packed: np.ndarray) -> None:
+        info = replace(gguf.tensors[name], format=_altered_format(gguf, name), n_bytes=packed.nbytes)
         super().__init__(gguf.path, gguf.metadata, gguf.tensors | {name: info}, None)
-        self._gguf, self._name, self._rows = gguf, name, rows
+        self._gguf, self._name, self._packed = gguf, name, packed
 
     def data(self, name: str) -> np.ndarray:
-        return self._rows.view(np.uint8) if name == self._name else self._gguf.data(name)
+        return self._packed if name == self._name else self._gguf.data(name)
+
+
+def _altered_format(gguf: GGUF, name: str) -> Format:
+    return F32 if gguf.tensors[name].format is F32 else BF16
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,14 +117,16 @@ def sensitivities(src: Path, text: str, *, threads: int | None = None, tell: Tel
 
 
 def _spread(chunks: list[list[int]], gguf: GGUF) -> list[list[int]]:
-    """Whole chunks, evenly taken from the text: one for a large model, more for smaller ones."""
+    """Whole chunks, evenly taken from the text; of its first one the beginning for a large model."""
     if len(chunks[0]) < LEAST_TOKENS:
         raise UsageError(
             f"the text has {len(chunks[0])} of the {LEAST_TOKENS} tokens that measuring needs; give a longer one"
         )
     n_weights = sum(math.prod(info.shape) for info in gguf.tensors.values())
     whole = chunks[:-1] or chunks
-    n = max(1, min(len(whole), MOST_CHUNKS, LARGE // n_weights))
+    if n_weights > LARGE:
+        return [whole[0][:FEW_TOKENS]]
+    n = min(len(whole), MOST_CHUNKS, LARGE // n_weights)
     return [whole[len(whole) * i // n] for i in range(n)]
 
 
@@ -136,7 +142,7 @@ def predicted_memory(model: SourceModel, chunks: Sequence[list[int]]) -> int:
         BASE_BYTES
         + TEXT_BYTES * config.vocab_size
         + 4 * n_probes * sum(map(len, chunks)) * config.dim
-        + 4 * max(math.prod(info.shape) for info in tensors.values())
+        + max(row_bytes(_altered_format(model.gguf, name), math.prod(info.shape)) for name, info in tensors.items())
         + STRIP_BYTES * STRIP
         + layer
         + PROBABILITY_BYTES * len(targets(chunks[0])) * config.vocab_size
@@ -155,15 +161,15 @@ def _probed(n_layers: int) -> list[int]:
 
 
 def _probed_rows(gguf: GGUF, name: str) -> np.ndarray:
-    """The tensor after encoding, float32 [..., n_cols]."""
-    info = gguf.tensors[name]
-    out = np.empty(info.shape, np.float32)
-    flat, packed = out.reshape(-1, info.shape[-1]), gguf.data(name).reshape(-1, row_bytes(info.format, info.shape[-1]))
+    """The tensor after encoding, as Altered takes it: uint8 [..., row_bytes]. BF16 rounds off a hundredth of that error."""
+    info, kept = gguf.tensors[name], _altered_format(gguf, name)
+    out = np.empty((*info.shape[:-1], row_bytes(kept, info.shape[-1])), np.uint8)
+    flat, packed = out.reshape(-1, out.shape[-1]), gguf.data(name).reshape(-1, row_bytes(info.format, info.shape[-1]))
     fmt, step = probe_format(info.shape[-1]), max(1, STRIP // info.shape[-1])
     for at in range(0, len(flat), step):
         rows = dequantize(info.format, packed[at : at + step])
         check_range(name, fmt, rows)
-        flat[at : at + step] = dequantize(fmt, encode(fmt, rows, rounds=FAST))
+        flat[at : at + step] = encode(kept, dequantize(fmt, encode(fmt, rows, rounds=FAST)))
     return out
 
 

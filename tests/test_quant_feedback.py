@@ -9,7 +9,7 @@ from encoded import lcg_rows
 
 from llmq.formats import IQ4_VALUES, IQ4_XS, Q2_K, Q4_0, Q4_K, Q6_K
 from quant import feedback as module
-from quant.feedback import DAMPING, Feedback, prepare, round_rows
+from quant.feedback import DAMPING, Feedback, error_difference, prepare, round_rows, weighted_error
 from quant.grid import GRIDS, TABLE, Grid
 from quant.search import Found, blocks_of, search
 
@@ -175,3 +175,15 @@ def test_golden_levels() -> None:
 
 
 GOLDEN = "181c683de48875d3"
+
+
+def test_errors_count_by_the_moments_of_what_they_are_multiplied_with() -> None:
+    rng = np.random.default_rng(8)
+    a, b = rng.standard_normal((2, 5, 512)).astype(np.float32)
+    factors = rng.standard_normal((2, 256, 300))
+    moments = (factors @ factors.swapaxes(1, 2) / 300).astype(np.float32)
+    blocks = (x.reshape(5, 2, 256).astype(np.float64) for x in (a, b))
+    expected = [np.einsum("rbi,bij,rbj->", x, moments, x) for x in blocks]
+    assert weighted_error(a, moments) == pytest.approx(expected[0], rel=1e-5)
+    assert error_difference(a, b, moments) == pytest.approx(expected[0] - expected[1], rel=1e-4)
+    assert error_difference(b, a, moments) == pytest.approx(expected[1] - expected[0], rel=1e-4)
