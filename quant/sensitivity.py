@@ -161,7 +161,7 @@ def _probed(n_layers: int) -> list[int]:
 
 
 def _probed_rows(gguf: GGUF, name: str) -> np.ndarray:
-    """The tensor after encoding, as Altered takes it: uint8 [..., row_bytes]. BF16 rounds off a hundredth of that error."""
+    """The tensor after encoding, as Altered takes it: uint8 [..., row_bytes]. BF16 adds a hundredth of its error."""
     info, kept = gguf.tensors[name], _altered_format(gguf, name)
     out = np.empty((*info.shape[:-1], row_bytes(kept, info.shape[-1])), np.uint8)
     flat, packed = out.reshape(-1, out.shape[-1]), gguf.data(name).reshape(-1, row_bytes(info.format, info.shape[-1]))
