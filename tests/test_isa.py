@@ -70,6 +70,7 @@ needs_x86 = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), re
 
 
 @needs_x86
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", TARGETS)
 def test_a_narrower_instruction_set(isa: str, models: Path, tmp_path: Path) -> None:
     """Vector operations and kernels pass their own tests; logits equal the host's up to float rounding.
