@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+# About 10,000 tokens of prose, talk, code, data and several languages.
 DEFAULT_TEXT = Path(__file__).parent / "data" / "calibration.txt"
 # An expert counts as if it had also read this many tokens of what all experts of its layer read on average.
 BORROWED_TOKENS = 32
@@ -45,8 +46,3 @@ class Calibration:
         mean = sums.sum(axis=0) / counts.sum()
         blended = (sums + BORROWED_TOKENS * mean) / (counts + BORROWED_TOKENS)
         return np.maximum(blended, LEAST_SHARE * blended.mean(axis=1, keepdims=True)).astype(np.float32)
-
-
-def default_text() -> str:
-    """The text that comes with llmq: about 10,000 tokens of prose, talk, code, data and several languages."""
-    return DEFAULT_TEXT.read_text("utf-8")

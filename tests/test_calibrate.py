@@ -14,7 +14,7 @@ from llmq.errors import FileFormatError, UnsupportedError, UsageError
 from llmq.gguf import open_gguf
 from llmq.tokenizer import load_tokenizer
 from quant.calibrate import LayerStatistics, calibrate, gather
-from quant.calibration import Calibration, Inputs, default_text
+from quant.calibration import DEFAULT_TEXT, Calibration, Inputs
 from quant.model import open_model
 from quant.quantize import quantize
 
@@ -249,7 +249,7 @@ def test_nothing_is_written(tmp_path: Path) -> None:
 
 
 def test_the_default_text() -> None:
-    text = default_text()
+    text = DEFAULT_TEXT.read_text("utf-8")
     assert 30_000 <= len(text.encode()) <= 50_000
     lines = [line for line in text.splitlines() if len(line) > 30]
     assert len(set(lines)) == len(lines)
