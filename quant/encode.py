@@ -58,9 +58,9 @@ def encode(
         return out
     grid = GRIDS[fmt]
     if feedback is None:
-        found = search(grid, rows, importance, tilted=True, rounds=rounds)
+        found = search(grid, rows, importance, rounds=rounds)
     else:
-        found = search(grid, rows, feedback.importance, tilted=False, rounds=rounds)
+        found = search(grid, rows, feedback.importance, rounds=rounds)
         found = Found(round_rows(grid, rows, found.params, feedback), found.params)
     return pack(fmt, blocks_of(grid, found)).reshape(rows.shape[0], -1)
 

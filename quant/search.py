@@ -168,15 +168,17 @@ def make_search(has_minima: bool, nearest: Callable[..., Any], name: str) -> Str
         return scale, minimum
 
     @strict
-    def fit_farthest(x, w, size, low, high, first, step, tries):  # type: ignore[no-untyped-def]
+    def fit_farthest(x, w, size, n_sub, low, high, first, step, tries):  # type: ignore[no-untyped-def]
         """Scale per lane, from the levels of inverse scales -(first + k * step) / (weight farthest from zero), and,
-        where levels are not evenly spaced, of the opposite sign too."""
+        where levels are not evenly spaced, of the opposite sign too; a half float where it stands alone."""
         zero = splat(0)
         extreme = zero
         for i in range(0, 64 * size, 64):
             value = load_f32x16(x + i)
             extreme = where_less(abs_f32x16(extreme), abs_f32x16(value), value, extreme)
         scale, best = zero, zero
+        if n_sub == 1:
+            best = zero - error(x, w, size, low, high, zero, zero)
         for k in range(2 * tries):
             end = -(first + step * np.float32(k)) if k < tries else first + step * np.float32(k - tries) + low + high
             inverse = divide_or_zero(splat(end), extreme)
@@ -187,8 +189,10 @@ def make_search(has_minima: bool, nearest: Callable[..., Any], name: str) -> Str
                 weighted = load_f32x16(w + i) * level
                 sum_qq, sum_qx = sum_qq + weighted * level, sum_qx + weighted * value
             new_scale = divide_or_zero(sum_qx, sum_qq)
-            fitted = new_scale * sum_qx
-            enough = best * splat(1 + SAME_FIT)
+            fitted, enough = new_scale * sum_qx, best * splat(1 + SAME_FIT)
+            if n_sub == 1:
+                new_scale = as_half(clamp(new_scale, np.float32(-65504), np.float32(65504)))
+                fitted, enough = zero - error(x, w, size, low, high, new_scale, zero), best
             scale = where_less(enough, fitted, new_scale, scale)
             best = where_less(enough, fitted, fitted, best)
         return scale
@@ -212,30 +216,29 @@ def make_search(has_minima: bool, nearest: Callable[..., Any], name: str) -> Str
         return unit, clamp(round_f32x16(divide_or_zero(values, unit)), least, most)
 
     @strict
-    def widen(x, w, size, n_sub, low, high, scale, d, dmin, minima, least, most):  # type: ignore[no-untyped-def]
-        """The best of `d` and slightly larger half floats, and its integers: scales that hardly differ would all lie
-        between the two highest integers of `d`."""
-        scales = clamp(round_f32x16(divide_or_zero(scale, d)), least, most)
-        best = group_sum(error(x, w, size, low, high, d * scales, dmin * minima), n_sub)
-        new_d, new_scales = d, scales
-        for k in range(1, 4):
-            wider = as_half(d * splat(1 + 0.025 * k))
-            scales = clamp(round_f32x16(divide_or_zero(scale, wider)), least, most)
-            off = group_sum(error(x, w, size, low, high, wider * scales, dmin * minima), n_sub)
-            new_d, new_scales = where_less(off, best, wider, new_d), where_less(off, best, scales, new_scales)
-            best = smaller(off, best)
-        return new_d, new_scales
+    def fit_minimum(x, w, size, low, high, scale, minimum):  # type: ignore[no-untyped-def]
+        """The minimum that fits the levels nearest to x best."""
+        inverse, sum_w, total = divide_or_zero(splat(1), scale), splat(0), splat(0)
+        for i in range(0, 64 * size, 64):
+            value, weight = load_f32x16(x + i), load_f32x16(w + i)
+            sum_w = sum_w + weight
+            total = total + weight * (scale * nearest((value + minimum) * inverse, low, high) - value)
+        return divide_or_zero(total, sum_w)
 
     @strict
     def move_integers(x, w, size, low, high, d, dmin, scales, minima, least, most, minimum_high):  # type: ignore[no-untyped-def]
-        """The neighbours of each lane's integers that fit best, and their error."""
+        """The best of each lane's integers, their neighbours and what minimum fits each scale, and the error."""
         best = error(x, w, size, low, high, d * scales, dmin * minima)
         new_scales, new_minima = scales, minima
-        reach = 2 if has_minima else 0
         for i in range(-1, 2):
-            for j in range(-reach, reach + 1):
-                scale = clamp(scales + splat(i), least, most)
-                minimum = clamp(minima + splat(j), np.float32(0), minimum_high)
+            scale = clamp(scales + splat(i), least, most)
+            fitted = minima
+            if has_minima:
+                fitted = fit_minimum(x, w, size, low, high, d * scale, dmin * minima)
+                fitted = round_f32x16(divide_or_zero(fitted, dmin))
+            for j in range(-2 if has_minima else 0, 4 if has_minima else 1):
+                minimum = minima + splat(j) if j < 3 else fitted
+                minimum = clamp(minimum, np.float32(0), minimum_high)
                 off = error(x, w, size, low, high, d * scale, dmin * minimum)
                 new_scales = where_less(off, best, scale, new_scales)
                 new_minima = where_less(off, best, minimum, new_minima)
@@ -270,6 +273,22 @@ def make_search(has_minima: bool, nearest: Callable[..., Any], name: str) -> Str
         new_dmin = where_less(zero, apart, divide_or_zero(qm * qx - qq * mx, determinant), dmin)
         limit = np.float32(65504)
         return as_half(clamp(new_d, -limit, limit)), as_half(clamp(new_dmin, -limit, limit))
+
+    @strict
+    def try_units(x, w, size, n_sub, low, high, scale, d, dmin, minima, least, most):  # type: ignore[no-untyped-def]
+        """The best of `d` and half floats fitted to the integers of units around it, mostly larger; with its dmin and
+        integers. Scales that hardly differ would all lie between the two highest integers of `d`."""
+        scales = clamp(round_f32x16(divide_or_zero(scale, d)), least, most)
+        best = group_sum(error(x, w, size, low, high, d * scales, dmin * minima), n_sub)
+        best_d, best_dmin, best_scales = d, dmin, scales
+        for k in range(-2, 11):
+            unit = as_half(d * splat(1 + 0.006 * k * abs(k)))
+            scales = clamp(round_f32x16(divide_or_zero(scale, unit)), least, most)
+            new_d, new_dmin = fit_units(x, w, size, n_sub, low, high, unit, dmin, scales, minima)
+            off = group_sum(error(x, w, size, low, high, new_d * scales, new_dmin * minima), n_sub)
+            best_d, best_dmin = where_less(off, best, new_d, best_d), where_less(off, best, new_dmin, best_dmin)
+            best_scales, best = where_less(off, best, scales, best_scales), smaller(off, best)
+        return best_d, best_dmin, best_scales
 
     @strict
     def mean(x, w, size):  # type: ignore[no-untyped-def]
@@ -318,12 +337,15 @@ def make_search(has_minima: bool, nearest: Callable[..., Any], name: str) -> Str
             lost = lost if n_sub == 1 else larger(lost, zero)
             minimum = where_less(zero, d * scales, minimum, lost)
             dmin, minima = units(minimum, n_sub, zero_f, minimum_high)
-            if n_sub > 1 and rounds > 0:
-                d, scales = widen(x, w, size, n_sub, low, high, scale, d, dmin, minima, scale_low, scale_high)
+            if n_sub == 1:
+                # Weights all alike: the scale makes good what the minimum loses as a half float.
+                d = where_less(zero, abs_f32x16(d), d, as_half(mean(x, w, size) + dmin))
         else:
-            scale = fit_farthest(x, w, size, low, high, first, step, tries)
+            scale = fit_farthest(x, w, size, n_sub, low, high, first, step, tries)
             d, scales = units(scale, n_sub, scale_low, scale_high)
             dmin, minima = zero, zero
+        if n_sub > 1 and rounds > 0:
+            d, dmin, scales = try_units(x, w, size, n_sub, low, high, scale, d, dmin, minima, scale_low, scale_high)
         for _ in range(rounds):
             if n_sub > 1:
                 scales, minima, off = move_integers(
@@ -386,11 +408,11 @@ class Found:
     params: np.ndarray
 
 
-def search(grid: Grid, rows: np.ndarray, importance: np.ndarray | None, *, tilted: bool, rounds: int) -> Found:
+def search(grid: Grid, rows: np.ndarray, importance: np.ndarray | None, *, rounds: int) -> Found:
     """Levels and scales for float32 `rows` [n, n_cols].
 
-    `importance` float32 [n_cols] weighs the squared errors of the columns (None: all alike); where `tilted`, large
-    weights count for more. `rounds` is how often scales are fitted jointly.
+    `importance` float32 [n_cols] weighs the squared errors of the columns; None: large weights count for more, as ggml
+    has it. `rounds` is how often scales are fitted jointly.
     """
     n_rows, n_cols = rows.shape
     n_groups = -(-n_cols // (LANES * grid.size))
@@ -399,8 +421,8 @@ def search(grid: Grid, rows: np.ndarray, importance: np.ndarray | None, *, tilte
     params = np.empty((n_groups, n_rows, 4, LANES), np.float32)
     KERNELS[grid.minima is not None, grid.spacing](
         levels.ctypes.data, params.ctypes.data, rows.ctypes.data, columns.ctypes.data, n_rows, n_cols, grid.size,
-        grid.n_sub, tilted, *grid.levels, *grid.scales, (grid.minima or (0, 0))[1], grid.first, grid.step, grid.tries,
-        rounds,
+        grid.n_sub, importance is None, *grid.levels, *grid.scales, (grid.minima or (0, 0))[1], grid.first, grid.step,
+        grid.tries, rounds,
     )  # fmt: skip
     return Found(levels, params)
 
