@@ -29,3 +29,9 @@ class UnsupportedError(LlmqError):
     """A valid file that llmq cannot run: an architecture, a tensor type or a tokenizer it does not know."""
 
     exit_code = 1
+
+
+class NetworkError(LlmqError):
+    """The other side cannot be reached, breaks off, or does not give what it should."""
+
+    exit_code = 5

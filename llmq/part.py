@@ -5,27 +5,20 @@ a line break, and JSON with the job, the process at work, and a sha256 and a not
 """
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
 import shutil
-import stat
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from llmq.disk import check_target, explained, hold, sync_data, sync_folder
 from llmq.errors import FileFormatError, LlmqError, ResourceError, UnsupportedError, UsageError
 from llmq.gguf_header import quoted
-
-if sys.platform == "win32":
-    import msvcrt
-else:
-    import fcntl
 
 Note = dict[str, Any]  # of what JSON gives back as it was
 
@@ -33,7 +26,6 @@ Note = dict[str, Any]  # of what JSON gives back as it was
 SAVE_BYTES = 64 << 20
 SAVE_SECONDS = 1.0
 BLOCK = 1 << 20  # bytes that are checked at a time
-LOCK_AT = 1 << 62  # Windows locks bytes, and others cannot read those
 
 
 def part_paths(target: Path) -> tuple[Path, Path, Path]:
@@ -135,7 +127,7 @@ class PartFile:
                 if sys.platform == "win32":  # where an open file cannot be renamed
                     self._close()
                 self._path.replace(self.target)
-                _sync_folder(self.target.parent)
+                sync_folder(self.target.parent)
         except BaseException as error:
             self.leave(error)
             raise
@@ -168,23 +160,13 @@ class PartFile:
             )
 
     def _hold(self) -> int:
-        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
-        while True:
-            descriptor = os.open(self._path, flags, 0o666)
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
-                os.close(descriptor)
-                raise UsageError(f"cannot write {quoted(str(self._path), 120)}: it is another file; remove it")
-            if not _lock(descriptor):
-                os.close(descriptor)
-                at_it = self._read_journal().get("pid", "another one")
-                raise UsageError(
-                    f"cannot write {quoted(str(self.target), 120)}: process {at_it} is writing it; wait for it to end"
-                )
-            # What was opened may meanwhile have been renamed or removed by the one who held it.
-            if _is_at(self._path, status):
-                return descriptor
-            os.close(descriptor)
+        descriptor = hold(self._path)
+        if descriptor < 0:
+            at_it = self._read_journal().get("pid", "another one")
+            raise UsageError(
+                f"cannot write {quoted(str(self.target), 120)}: process {at_it} is writing it; wait for it to end"
+            )
+        return descriptor
 
     def _begin(self, n_bytes: int) -> None:
         journal = self._read_journal()
@@ -211,7 +193,7 @@ class PartFile:
         self._unsaved, self._saved_at = 0, time.monotonic()
 
     def _flush(self, journal: bytes) -> None:
-        _sync_data(self._descriptor)
+        sync_data(self._descriptor)
         self._new.unlink(missing_ok=True)
         with self._new.open("xb") as file:
             file.write(hashlib.sha256(journal).hexdigest().encode() + b"\n" + journal)
@@ -235,65 +217,3 @@ class PartFile:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
-
-
-def check_target(target: Path) -> None:
-    """UsageError where no file can be written."""
-    with explained(target):
-        if target.is_dir():
-            what = "it is a folder"
-        elif target.exists() and not target.is_file():
-            what = "it is not a regular file"
-        elif not target.parent.is_dir():
-            what = "its folder is not there"
-        else:
-            return
-    raise UsageError(f"cannot write {quoted(str(target), 120)}: {what}; give the path of a file")
-
-
-@contextlib.contextmanager
-def explained(path: Path) -> Iterator[None]:
-    """Turns what the system says about writing `path` into a sentence for the user."""
-    try:
-        yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        kind: type[LlmqError] = ResourceError if full else UsageError
-        advice = "make room or give another folder" if full else "check the path and its permissions"
-        raise kind(f"cannot write {quoted(str(path), 120)}: {error.strerror}; {advice}") from error
-
-
-def _lock(descriptor: int) -> bool:
-    """False where another process holds the file; a file system without locks lets everybody."""
-    try:
-        if sys.platform == "win32":
-            os.lseek(descriptor, LOCK_AT, os.SEEK_SET)
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-        else:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
-    return True
-
-
-def _is_at(path: Path, status: os.stat_result) -> bool:
-    try:
-        return os.path.samestat(status, path.lstat())
-    except FileNotFoundError:
-        return False
-
-
-def _sync_data(descriptor: int) -> None:
-    """fdatasync, where there is one."""
-    getattr(os, "fdatasync", os.fsync)(descriptor)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes a rename last through a power cut; Windows has no such call and needs none."""
-    if os.name == "nt":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -4,9 +4,10 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from llmq.disk import check_target, explained
 from llmq.errors import UsageError
 from llmq.gguf import quoted
-from llmq.part import check_target, explained, part_paths
+from llmq.part import part_paths
 
 
 def check_outputs(outputs: Sequence[Path], inputs: Sequence[Path]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from llmq import disk
 from llmq import part as module
 from llmq.errors import FileFormatError, LlmqError, ResourceError, UnsupportedError, UsageError
 from llmq.part import PartFile, part_paths
@@ -179,14 +180,14 @@ def test_a_file_that_got_its_name_meanwhile_is_not_taken_for_a_part(tmp_path: Pa
     """The one who held the lock publishes between another's opening and locking."""
     first = PartFile(tmp_path / "x", "job")
     first.open(HEAD, 1)
-    lock = module._lock
+    lock = disk.lock
 
     def late(descriptor: int) -> bool:
-        monkeypatch.setattr(module, "_lock", lock)
+        monkeypatch.setattr(disk, "lock", lock)
         first.publish()
         return lock(descriptor)
 
-    monkeypatch.setattr(module, "_lock", late)
+    monkeypatch.setattr(disk, "lock", late)
     second = PartFile(tmp_path / "x", "job")
     second.open(b"another head", 1)
     assert (tmp_path / "x").read_bytes() == HEAD

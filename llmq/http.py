@@ -1,0 +1,182 @@
+"""HTTP GET as a stream, over a connection that is kept: redirects, proxies, and a token that stays at home.
+
+What comes back is not decoded: a body with a Content-Encoding is refused by those who read it. Reading past the idle
+limit raises TimeoutError; `abort` from another thread makes a read that hangs end at once.
+"""
+
+import contextlib
+import http.client
+import os
+import socket
+import ssl
+import urllib.request
+from base64 import b64encode
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import cast
+from urllib.parse import SplitResult, unquote, urljoin, urlsplit
+
+from llmq import __version__
+from llmq.errors import NetworkError
+from llmq.gguf_header import quoted
+
+USER_AGENT = f"llmq/{__version__}"
+CONNECT_SECONDS = 10.0
+MOST_REDIRECTS = 5
+REDIRECTS = {301, 302, 303, 307, 308}
+LOOPBACK = {"localhost", "127.0.0.1", "::1"}
+PORTS = {"http": 80, "https": 443}
+# What a server that breaks off, or speaks something else, makes of a request: worth another try.
+BROKEN = (OSError, http.client.HTTPException)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """`secret` headers go to the host of `url` only, and only where the way there is encrypted or never leaves the
+    machine."""
+
+    url: str
+    headers: Mapping[str, str]
+    secret: Mapping[str, str]
+
+
+class Line:
+    """One connection, to the host that was asked last."""
+
+    def __init__(self, idle_seconds: float) -> None:
+        self._idle = idle_seconds
+        self._connection: http.client.HTTPConnection | None = None
+        self._host: tuple[str, str] = ("", "")
+        self._aborted = False
+
+    def get(self, request: Request) -> tuple[http.client.HTTPResponse, str]:
+        """The answer, after all redirects, and the URL that gave it.
+
+        Raises one of BROKEN where the connection fails, and NetworkError for redirects that llmq does not follow.
+        """
+        home, url = urlsplit(request.url), request.url
+        for _ in range(MOST_REDIRECTS + 1):
+            parts = checked(url)
+            headers = {"User-Agent": USER_AGENT, "Accept-Encoding": "identity", **request.headers}
+            if (parts.scheme, parts.netloc) == (home.scheme, home.netloc) and is_private(parts):
+                headers |= request.secret
+            response = self._ask(parts, headers)
+            if response.status not in REDIRECTS:
+                return response, url
+            target = urljoin(url, response.headers.get("Location", ""))
+            # Not read: its body is nothing that anybody wants.
+            self.close()
+            if parts.scheme == "https" and urlsplit(target).scheme != "https":
+                raise NetworkError(f"{host_of(parts)} sends on to a connection without encryption; not followed")
+            url = target
+        raise NetworkError(f"{host_of(home)} sends from one address to the next without end; try again later")
+
+    def abort(self) -> None:
+        """Ends what the connection waits for; from any thread, for good."""
+        self._aborted = True
+        sock = self._connection.sock if self._connection else None
+        if sock:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        if self._connection:
+            self._connection.close()
+        self._connection = None
+
+    def _ask(self, parts: SplitResult, headers: dict[str, str]) -> http.client.HTTPResponse:
+        host = (parts.scheme, parts.netloc)
+        kept = self._connection if self._host == host else None
+        if not kept:
+            self.close()
+            self._connection, self._host = connect(parts), host
+        connection = cast("http.client.HTTPConnection", self._connection)
+        try:
+            return self._send(connection, parts, headers)
+        except BROKEN:
+            self.close()
+            if not kept or self._aborted:
+                raise
+        # A kept connection that the server had closed meanwhile.
+        return self._ask(parts, headers)
+
+    def _send(
+        self, connection: http.client.HTTPConnection, parts: SplitResult, headers: dict[str, str]
+    ) -> http.client.HTTPResponse:
+        if not connection.sock:
+            connection.timeout = CONNECT_SECONDS
+            connection.connect()
+            connection.sock.settimeout(self._idle)
+        if self._aborted:
+            raise TimeoutError("given up")
+        path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        if proxy_of(parts) and parts.scheme == "http":
+            path = parts._replace(fragment="").geturl()
+            headers = headers | proxy_headers(proxy_of(parts))
+        connection.request("GET", path, headers=headers)
+        return connection.getresponse()
+
+
+def checked(url: str) -> SplitResult:
+    """The parts of an http or https URL. NetworkError for any other."""
+    try:
+        parts = urlsplit(url)
+        known = parts.scheme in PORTS and bool(parts.hostname) and (parts.port or 1) > 0
+    except ValueError:
+        known = False
+    if not known or not url.isascii() or any(c <= " " or c == "\x7f" for c in url):
+        raise NetworkError(f"{quoted(url)} is not an address that llmq can fetch from")
+    return parts
+
+
+def host_of(parts: SplitResult) -> str:
+    return quoted(parts.hostname or "", 80).strip("'")
+
+
+def is_private(parts: SplitResult) -> bool:
+    """Whether nobody between here and there can read along."""
+    return parts.scheme == "https" or parts.hostname in LOOPBACK
+
+
+def connect(parts: SplitResult) -> http.client.HTTPConnection:
+    """A connection, not yet open, to the host or to the proxy that the environment names for it."""
+    port = parts.port or PORTS[parts.scheme]
+    proxy = proxy_of(parts)
+    host, at = (proxy.hostname or "", proxy.port or PORTS[proxy.scheme]) if proxy else (parts.hostname or "", port)
+    if parts.scheme == "http":
+        return http.client.HTTPConnection(host, at)
+    connection = http.client.HTTPSConnection(host, at, context=encryption())
+    if proxy:
+        connection.set_tunnel(parts.hostname or "", port, proxy_headers(proxy))
+    return connection
+
+
+def encryption() -> ssl.SSLContext:
+    """The system's certificates, or those that SSL_CERT_FILE names; where there are none, certifi's."""
+    context = ssl.create_default_context()
+    if not context.get_ca_certs() and not os.environ.get("SSL_CERT_FILE"):
+        import certifi
+
+        context.load_verify_locations(certifi.where())
+    return context
+
+
+def proxy_of(parts: SplitResult) -> SplitResult | None:
+    host = parts.hostname or ""
+    if urllib.request.proxy_bypass(f"{host}:{parts.port or PORTS[parts.scheme]}") or host in LOOPBACK:
+        return None
+    proxies = urllib.request.getproxies()
+    text = proxies.get(parts.scheme) or proxies.get("all")
+    if not text:
+        return None
+    proxy = urlsplit(text if "://" in text else f"http://{text}")
+    if proxy.scheme != "http":
+        raise NetworkError(f"the proxy for {parts.scheme} is of a kind that llmq does not speak; give an http:// one")
+    return proxy
+
+
+def proxy_headers(proxy: SplitResult | None) -> dict[str, str]:
+    if not proxy or proxy.username is None:
+        return {}
+    pair = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}"
+    return {"Proxy-Authorization": f"Basic {b64encode(pair.encode()).decode()}"}

@@ -1,0 +1,185 @@
+"""A download in the making: `<name>.part` beside its target, and in `<name>.part.journal` what of it is there.
+
+    {"key": ..., "n_bytes": ..., "chunk": 1048576}      what is being fetched
+    ffffffff 00001a2b                                    a process that fetches it, in hex; the last one is at it
+    00000003 8c1f22d0                                    a chunk that is there, in the order they came: number, CRC-32
+
+A chunk is written before its line is, so what the journal tells of is there after a kill. After a power cut it may not
+be, and then the CRC differs. Whether the whole is right, only its sha256 tells. One process at a time holds both files,
+by locks that die with it.
+"""
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from llmq.disk import check_target, explained, hold, sync_folder
+from llmq.errors import ResourceError
+from llmq.gguf_header import quoted
+from llmq.part import part_paths
+
+CHUNK = 1 << 20
+LINE = len("00000000 00000000\n")
+PROCESS = 0xFFFFFFFF
+# Of the file's size, but no more bytes than that: room for file systems that round up.
+SPARE_SHARE, MOST_SPARE = 0.02, 256 << 20
+
+
+class Ledger:
+    """The open files of one download: try_open() first, at the end publish(), discard(), or close(), which leaves what
+    is there to a later run. put() wants to be called by one thread at a time.
+
+    Raises UsageError where files cannot be written, ResourceError where the disk is full.
+    """
+
+    def __init__(self, target: Path, key: str, n_bytes: int) -> None:
+        self.target = Path(os.path.realpath(target))
+        self.n_bytes = n_bytes
+        self.n_chunks = -(-n_bytes // CHUNK)
+        self._head = json.dumps({"key": key, "n_bytes": n_bytes, "chunk": CHUNK}).encode() + b"\n"
+        self._part, self._journal, _ = part_paths(self.target)
+        self._data = self._log = -1
+        self._reader = io.FileIO(os.devnull)
+
+    def try_open(self) -> dict[int, int] | None:
+        """The CRC-32 of each chunk that an earlier run left; None where another process is at it."""
+        check_target(self.target)
+        try:
+            with explained(self.target):
+                self._log = hold(self._journal)
+                self._data = hold(self._part) if self._log >= 0 else -1
+                if self._data < 0:
+                    self.close()
+                    return None
+                found = self._read()
+                self._check_space()
+                os.ftruncate(self._data, self.n_bytes)
+                self._reader.close()
+                self._reader = io.FileIO(self._part)
+                return found
+        except BaseException:
+            self.close()
+            raise
+
+    def holder(self) -> int:
+        """The process that is at it, as far as it says; 0 where it does not."""
+        with contextlib.suppress(OSError, ValueError):
+            lines = self._journal.read_bytes().splitlines()[1:]
+            return next(number for index, number in map(_parse, reversed(lines)) if index == PROCESS)
+        return 0
+
+    def chunk_bytes(self, index: int) -> int:
+        return min(CHUNK, self.n_bytes - index * CHUNK)
+
+    def put(self, index: int, data: memoryview) -> None:
+        """Writes a whole chunk, and then its line."""
+        with explained(self.target):
+            os.lseek(self._data, index * CHUNK, os.SEEK_SET)
+            _write(self._data, data)
+            self._append(_line(index, zlib.crc32(data)))
+
+    def read(self, index: int, space: memoryview) -> memoryview:
+        """A chunk, in the first bytes of `space`; shorter than it should be where the file is."""
+        view, got = space[: self.chunk_bytes(index)], 0
+        with explained(self.target):
+            self._reader.seek(index * CHUNK)
+            while got < len(view) and (n := self._reader.readinto(view[got:])):
+                got += n
+        return view[:got]
+
+    def forget(self) -> None:
+        """Begins again: what is there is not what it should be."""
+        with explained(self.target):
+            os.ftruncate(self._log, len(self._head))
+            self._append(_line(PROCESS, os.getpid()))
+
+    def publish(self) -> None:
+        """Gives the file its name, whole and on disk. The journal goes last: until then it holds others off."""
+        with explained(self.target):
+            os.fsync(self._data)
+            if os.name == "nt":  # where an open file cannot be renamed
+                os.close(self._data)
+                self._data = -1
+            self._part.replace(self.target)
+            sync_folder(self.target.parent)
+        self.close(remove=[self._journal])
+
+    def discard(self) -> None:
+        self.close(remove=[self._part, self._journal])
+
+    def close(self, *, remove: Sequence[Path] = ()) -> None:
+        with explained(self.target):
+            # Before others can take hold of them; Windows does not remove open files.
+            if os.name != "nt":
+                _unlink(remove)
+            self._reader.close()
+            for descriptor in (self._data, self._log):
+                if descriptor >= 0:
+                    os.close(descriptor)
+            self._data = self._log = -1
+            if os.name == "nt":
+                _unlink(remove)
+
+    def _read(self) -> dict[int, int]:
+        """What an earlier run of the same download left; what another one left goes."""
+        with open(self._log, "rb", closefd=False) as file:
+            head, rest = file.read(len(self._head)), file.read()
+        found = {}
+        if head == self._head:
+            there = os.fstat(self._data).st_size
+            # A line that was cut off would shift all that come after it.
+            os.ftruncate(self._log, len(head) + len(rest) // LINE * LINE)
+            for at in range(0, len(rest) - LINE + 1, LINE):
+                index, crc = _parse(rest[at : at + LINE])
+                if index < self.n_chunks and index * CHUNK + self.chunk_bytes(index) <= there:
+                    found[index] = crc
+        else:
+            os.ftruncate(self._data, 0)
+            os.ftruncate(self._log, 0)
+            self._append(self._head)
+        self._append(_line(PROCESS, os.getpid()))
+        return found
+
+    def _append(self, data: bytes) -> None:
+        os.lseek(self._log, 0, os.SEEK_END)
+        _write(self._log, memoryview(data))
+
+    def _check_space(self) -> None:
+        status = os.fstat(self._data)
+        taken = min(getattr(status, "st_blocks", 0) * 512 or status.st_size, self.n_bytes)
+        needed = self.n_bytes - taken + min(int(SPARE_SHARE * self.n_bytes), MOST_SPARE)
+        free = shutil.disk_usage(self.target.parent).free
+        if free < needed:
+            raise ResourceError(
+                f"{quoted(self.target.name)} needs {needed / 1e6:,.1f} MB more of disk, and {free / 1e6:,.1f} MB is "
+                "free; make room or give another folder"
+            )
+
+
+def _line(index: int, number: int) -> bytes:
+    return f"{index:08x} {number:08x}\n".encode()
+
+
+def _parse(line: bytes) -> tuple[int, int]:
+    """What _line() was given; (PROCESS, 0) for anything else."""
+    try:
+        index, number = line.split()
+        return int(index, 16), int(number, 16)
+    except ValueError:
+        return PROCESS, 0
+
+
+def _write(descriptor: int, data: memoryview) -> None:
+    # Unbuffered, so that a full disk shows here; a write may then be a short one.
+    while data:
+        data = data[os.write(descriptor, data) :]
+
+
+def _unlink(paths: Sequence[Path]) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)
