@@ -25,7 +25,7 @@ def check_answer(answer: HTTPResponse, host: str, start: int, end: int, total: i
 
     `etag`, where it is given, is the file's. Raises RetryError, or NetworkError where asking again is of no use.
     """
-    _check_status(answer, host)
+    check_status(answer, host)
     headers = answer.headers
     if headers.get("Content-Type", "").startswith("text/html"):
         raise NetworkError(f"{host} answers with a web page instead of the file; does this network ask for a login?")
@@ -41,7 +41,7 @@ def check_answer(answer: HTTPResponse, host: str, start: int, end: int, total: i
         raise RetryError("it sends another part than was asked for")
 
 
-def _check_status(answer: HTTPResponse, host: str) -> None:
+def check_status(answer: HTTPResponse, host: str) -> None:
     status = answer.status
     if status in REFUSED:
         raise NetworkError(f"{host} refuses access ({status}); a token in HF_TOKEN is missing, or may not read this")

@@ -55,13 +55,21 @@ def quoted(text: str, limit: int = 60) -> str:
     return shown if len(shown) <= limit else shown[: limit - 4] + "...'"
 
 
+class CutShortError(FileFormatError):
+    """Only the first bytes of a file were given, and its header goes on behind them."""
+
+
 class Header:
-    """A cursor over the part of the file before the tensor data; it refuses to pass the end."""
+    """A cursor over the part of the file before the tensor data; it refuses to pass the end.
 
-    __slots__ = ("data", "end", "file", "pos")
+    `data` is the file, or, where `n_bytes` tells how long that is, its first bytes.
+    """
 
-    def __init__(self, data: mmap.mmap, file: str) -> None:
+    __slots__ = ("data", "end", "file", "n_bytes", "pos")
+
+    def __init__(self, data: mmap.mmap | bytes, file: str, n_bytes: int | None = None) -> None:
         self.data = data
+        self.n_bytes = len(data) if n_bytes is None else n_bytes
         self.end = min(len(data), HEADER_LIMIT)
         self.file = file
         self.pos = len(MAGIC)
@@ -71,8 +79,14 @@ class Header:
 
     def need(self, n_bytes: int, what: str) -> None:
         if n_bytes > self.end - self.pos:
-            limit = "the file ends" if self.end == len(self.data) else f"{HEADER_LIMIT >> 20} MiB"
+            self.refuse_cut(self.pos + n_bytes)
+            limit = "the file ends" if self.end == self.n_bytes else f"{HEADER_LIMIT >> 20} MiB"
             raise self.damaged(f"{what} at byte {self.pos} would go past where {limit}")
+
+    def refuse_cut(self, pos: int) -> None:
+        """CutShortError where the file has this position, and what was given of it does not."""
+        if len(self.data) < pos <= min(self.n_bytes, HEADER_LIMIT):
+            raise CutShortError(f"{self.file}: its header is longer than {len(self.data)} bytes")
 
     def take(self, n_bytes: int, what: str) -> bytes:
         self.need(n_bytes, what)
@@ -102,6 +116,7 @@ class Header:
             n_bytes = int.from_bytes(data[pos:start], "little")
             pos = start + n_bytes
             if n_bytes > STRING_LIMIT or pos > end:
+                self.refuse_cut(pos)
                 raise self.damaged(f"a string of {what} is {n_bytes} bytes long, more than there are or may be")
             found.append(data[start:pos])
         self.pos = pos
@@ -210,7 +225,7 @@ def _read_directory(header: Header, n_tensors: int, alignment: int) -> dict[str,
 def _placed(header: Header, entry: TensorInfo, start: int) -> TensorInfo:
     """The entry with its offset counted from the start of the file, and inside it."""
     offset = start + entry.offset
-    if offset + entry.n_bytes > len(header.data):
+    if offset + entry.n_bytes > header.n_bytes:
         raise header.damaged(f"it is cut short: tensor {quoted(entry.name)} ends at byte {offset + entry.n_bytes}")
     return TensorInfo(entry.name, entry.shape, entry.format, offset, entry.n_bytes)
 

@@ -1,0 +1,86 @@
+"""Small things from elsewhere, in memory: a request that is asked again with growing pauses until it is answered."""
+
+import random
+import time
+from collections.abc import Callable
+from http.client import HTTPResponse
+from typing import TypeVar
+from urllib.parse import urlsplit
+
+from llmq.answer import RetryError, check_answer, check_status, reason
+from llmq.errors import NetworkError
+from llmq.gguf_header import quoted
+from llmq.http import BROKEN, Line, Request, checked, host_of
+from llmq.transfer import LIMITS, Limits, Remote
+
+Taken = TypeVar("Taken")
+
+MOST_PIECE = 256 << 20
+
+
+def ask(request: Request, take: Callable[[HTTPResponse], Taken], limits: Limits = LIMITS) -> Taken:
+    """What `take` makes of the answer, which it may refuse by RetryError. NetworkError where there is none."""
+    host = host_of(checked(request.url))
+    for tries in range(1, limits.tries + 1):
+        line = Line(limits.idle_seconds)
+        try:
+            answer, _ = line.get(request)
+            return take(answer)
+        except (RetryError, *BROKEN) as error:
+            what = str(error) if isinstance(error, RetryError) else f"cannot be reached ({reason(error)})"
+            asked = error.wait if isinstance(error, RetryError) else 0.0
+        finally:
+            line.close()
+        if tries < limits.tries:
+            pause = limits.first_wait * 2 ** (tries - 1) * random.uniform(0.75, 1.25)
+            time.sleep(min(max(pause, asked), limits.longest_wait))
+    raise NetworkError(f"{host}: {what}, {limits.tries} times in a row; try again later")
+
+
+def read_body(answer: HTTPResponse, limit: int) -> bytes:
+    """All of it. NetworkError above `limit` bytes, RetryError where the connection ends before it does."""
+    body = answer.read(limit + 1)
+    if len(body) > limit:
+        raise NetworkError(f"the answer is longer than {limit >> 20} MiB; is this address right?")
+    announced = answer.headers.get("Content-Length", "")
+    if announced.isdecimal() and len(body) < int(announced):
+        raise RetryError("the connection ended early")
+    return body
+
+
+def read_piece(remote: Remote, start: int, end: int, limits: Limits = LIMITS) -> bytes:
+    """Bytes `start` to `end` of a file elsewhere; nothing vouches for them but their length."""
+    assert 0 <= start < end <= remote.n_bytes, (start, end)
+    assert end - start <= MOST_PIECE, (start, end)
+    request = Request(remote.request.url, {"Range": f"bytes={start}-{end - 1}"}, remote.request.secret)
+    host = host_of(urlsplit(request.url))
+
+    def take(answer: HTTPResponse) -> bytes:
+        check_answer(answer, host, start, end, remote.n_bytes, remote.etag)
+        if answer.status == 206:
+            return read_body(answer, end - start)
+        answer.read(start)
+        piece = answer.read(end - start)
+        if len(piece) < end - start:
+            raise RetryError("the connection ended early")
+        return piece
+
+    return ask(request, take, limits)
+
+
+def probe(url: str, limits: Limits = LIMITS) -> Remote:
+    """A file at an address of which nothing is known: its size and its entity tag, by asking for the first byte."""
+    request = Request(url, {"Range": "bytes=0-0"}, {})
+    host = host_of(checked(url))
+
+    def take(answer: HTTPResponse) -> Remote:
+        check_status(answer, host)
+        length = answer.headers.get("Content-Length", "")
+        if answer.status == 206:
+            length = answer.headers.get("Content-Range", "").rpartition("/")[2]
+        if not length.isdecimal():
+            raise NetworkError(f"{host} does not tell how long {quoted(url, 120)} is; get the file another way")
+        etag = answer.headers.get("ETag", "")
+        return Remote(Request(url, {}, {}), int(length), etag="" if etag.startswith("W/") else etag)
+
+    return ask(request, take, limits)
