@@ -9,9 +9,9 @@ from urllib.parse import urlsplit
 
 from llmq.answer import RetryError, check_answer, check_status, reason
 from llmq.errors import NetworkError
+from llmq.fetcher import LIMITS, Limits, Remote
 from llmq.gguf_header import quoted
 from llmq.http import BROKEN, Line, Request, checked, host_of
-from llmq.transfer import LIMITS, Limits, Remote
 
 Taken = TypeVar("Taken")
 

@@ -17,9 +17,9 @@ from urllib.parse import quote, urlsplit
 from llmq.answer import REFUSED, RetryError, check_answer
 from llmq.ask import ask, read_body
 from llmq.errors import FileFormatError, NetworkError
+from llmq.fetcher import LIMITS, Limits, Remote
 from llmq.gguf_header import quoted
 from llmq.http import Request, checked, host_of, is_private
-from llmq.transfer import LIMITS, Limits, Remote
 
 TRUE = {"1", "true", "yes", "on"}
 LISTING_LIMIT = 16 << 20

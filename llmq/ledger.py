@@ -10,6 +10,7 @@ by locks that die with it.
 """
 
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -20,10 +21,10 @@ from pathlib import Path
 
 from llmq.disk import check_target, explained, hold, sync_folder
 from llmq.errors import ResourceError
+from llmq.fetcher import CHUNK, Remote
 from llmq.gguf_header import quoted
 from llmq.part import part_paths
 
-CHUNK = 1 << 20
 LINE = len("00000000 00000000\n")
 PROCESS = 0xFFFFFFFF
 # Of the file's size, but no more bytes than that: room for file systems that round up.
@@ -37,11 +38,12 @@ class Ledger:
     Raises UsageError where files cannot be written, ResourceError where the disk is full.
     """
 
-    def __init__(self, target: Path, key: str, n_bytes: int) -> None:
+    def __init__(self, target: Path, remote: Remote) -> None:
         self.target = Path(os.path.realpath(target))
-        self.n_bytes = n_bytes
-        self.n_chunks = -(-n_bytes // CHUNK)
-        self._head = json.dumps({"key": key, "n_bytes": n_bytes, "chunk": CHUNK}).encode() + b"\n"
+        self._remote = remote
+        self._head = (
+            json.dumps({"key": content_key(remote), "n_bytes": remote.n_bytes, "chunk": CHUNK}).encode() + b"\n"
+        )
         self._part, self._journal, _ = part_paths(self.target)
         self._data = self._log = -1
         self._reader = io.FileIO(os.devnull)
@@ -58,7 +60,7 @@ class Ledger:
                     return None
                 found = self._read()
                 self._check_space()
-                os.ftruncate(self._data, self.n_bytes)
+                os.ftruncate(self._data, self._remote.n_bytes)
                 self._reader.close()
                 self._reader = io.FileIO(self._part)
                 return found
@@ -73,9 +75,6 @@ class Ledger:
             return next(number for index, number in map(_parse, reversed(lines)) if index == PROCESS)
         return 0
 
-    def chunk_bytes(self, index: int) -> int:
-        return min(CHUNK, self.n_bytes - index * CHUNK)
-
     def put(self, index: int, data: memoryview) -> None:
         """Writes a whole chunk, and then its line."""
         with explained(self.target):
@@ -85,7 +84,7 @@ class Ledger:
 
     def read(self, index: int, space: memoryview) -> memoryview:
         """A chunk, in the first bytes of `space`; shorter than it should be where the file is."""
-        view, got = space[: self.chunk_bytes(index)], 0
+        view, got = space[: self._remote.chunk_bytes(index)], 0
         with explained(self.target):
             self._reader.seek(index * CHUNK)
             while got < len(view) and (n := self._reader.readinto(view[got:])):
@@ -136,7 +135,7 @@ class Ledger:
             os.ftruncate(self._log, len(head) + len(rest) // LINE * LINE)
             for at in range(0, len(rest) - LINE + 1, LINE):
                 index, crc = _parse(rest[at : at + LINE])
-                if index < self.n_chunks and index * CHUNK + self.chunk_bytes(index) <= there:
+                if index < self._remote.n_chunks and index * CHUNK + self._remote.chunk_bytes(index) <= there:
                     found[index] = crc
         else:
             os.ftruncate(self._data, 0)
@@ -151,14 +150,19 @@ class Ledger:
 
     def _check_space(self) -> None:
         status = os.fstat(self._data)
-        taken = min(getattr(status, "st_blocks", 0) * 512 or status.st_size, self.n_bytes)
-        needed = self.n_bytes - taken + min(int(SPARE_SHARE * self.n_bytes), MOST_SPARE)
+        taken = min(getattr(status, "st_blocks", 0) * 512 or status.st_size, self._remote.n_bytes)
+        needed = self._remote.n_bytes - taken + min(int(SPARE_SHARE * self._remote.n_bytes), MOST_SPARE)
         free = shutil.disk_usage(self.target.parent).free
         if free < needed:
             raise ResourceError(
                 f"{quoted(self.target.name)} needs {needed / 1e6:,.1f} MB more of disk, and {free / 1e6:,.1f} MB is "
                 "free; make room or give another folder"
             )
+
+
+def content_key(remote: Remote) -> str:
+    """The same for two downloads whose parts belong together."""
+    return remote.sha256 or hashlib.sha256(f"{remote.request.url} {remote.etag}".encode()).hexdigest()
 
 
 def _line(index: int, number: int) -> bytes:

@@ -24,6 +24,7 @@ RANKS = {
     "llmq.http": 4,
     "llmq.answer": 4,
     "llmq.part": 5,
+    "llmq.fetcher": 5,
     "llmq.ledger": 6,
     "llmq.hub": 9,
     "llmq.transfer": 7,
