@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from llmq.catalog import CatalogEntry, catalog
+from llmq.catalog import CatalogEntry, catalog, find_entry
 from llmq.errors import UsageError
 
 if TYPE_CHECKING:
@@ -44,7 +44,8 @@ class Forecast:
 
 
 def catalog_sizes() -> list[Size]:
-    return [size_of(entry, TYPE) for entry in catalog()]
+    """The published models that run here; base models are as fast as those that were made of them."""
+    return [size_of(entry, TYPE) for entry in catalog() if entry.instruct and not entry.unsupported]
 
 
 def parse_size(text: str) -> Size:
@@ -58,14 +59,14 @@ def parse_size(text: str) -> Size:
     kind = kind.lower() if colon else TYPE
     if kind not in PRESETS:
         raise UsageError(f"there is no type {kind[:20]!a}; there are {', '.join(PRESETS)}")
-    entries = {entry.name: entry for entry in catalog()}
-    if what in entries:
-        return size_of(entries[what], kind)
+    entry = find_entry(what)
+    if entry:
+        return size_of(entry, kind)
     match = WEIGHTS.fullmatch(what)
     if not match:
         raise UsageError(
-            f"cannot predict {text[:20]!a}: give a name that `llmq list --all` shows, or weights and a type, as in "
-            "7B:Q4_K_M, or all and used weights, as in 47B/13B:Q4_K_M"
+            f"cannot predict {text[:20]!a}: give a name that `llmq list --available` shows, or weights and a type, as "
+            "in 7B:Q4_K_M, or all and used weights, as in 47B/13B:Q4_K_M"
         )
     total = weights(match[1], match[2])
     used = weights(match[3], match[4]) if match[3] else total
@@ -73,7 +74,8 @@ def parse_size(text: str) -> Size:
         raise UsageError(
             f"cannot predict {text[:20]!a}: give 1M to 10000B weights, of which a token uses no more than there are"
         )
-    return scaled(size_of(entries[TYPICAL], kind), what, total, used)
+    typical = next(entry for entry in catalog() if entry.name == TYPICAL)
+    return scaled(size_of(typical, kind), what, total, used)
 
 
 def weights(number: str, unit: str) -> float:
@@ -90,7 +92,8 @@ def size_of(entry: CatalogEntry, kind: str) -> Size:
         name=entry.name, n_layers=entry.n_layers, dim=entry.dim, n_heads=entry.n_heads, n_kv_heads=entry.n_kv_heads,
         head_dim=entry.head_dim, ffn_dim=entry.ffn_dim, vocab_size=entry.vocab_size,
         context_length=entry.context_length, rms_eps=1e-5, rope_base=1e6, rope_interleaved=True,
-        n_experts=entry.n_experts, n_experts_used=entry.n_experts_used, window=entry.window, tied_embeddings=False,
+        n_experts=entry.n_experts, n_experts_used=entry.n_experts_used, window=entry.window,
+        tied_embeddings=entry.tied_embeddings,
     )  # fmt: skip
     shapes = tensor_shapes(config)
     formats = assign(PRESETS[kind], shapes)
