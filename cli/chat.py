@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 STORYTELLER = f"""\
 {BUNDLED}: a small model that comes with llmq and tells children's stories. Ask it for one.
 For a real conversation, download a Mistral or Mixtral model: `llmq chat path/to/file.gguf` runs a GGUF file,
-`llmq quantize FOLDER` makes one from a checkpoint, and `llmq list --all` names models that run."""
+`llmq quantize FOLDER` makes one from a checkpoint, and `llmq list --available` names models that run."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,15 +9,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cli import options
+from cli.available import list_available
 from cli.screen import note, one_line, size, table
-from llmq.errors import LlmqError
+from llmq.errors import LlmqError, UsageError
 from llmq.store import BUNDLED, installed, models_dir, remove, resolve
 
 if TYPE_CHECKING:
     from llmq.config import ModelConfig
     from llmq.gguf import GGUF
 
-All = Annotated[bool, typer.Option("--all", "-a", help="Also name published models that run.")]
+Available = Annotated[
+    bool, typer.Option("--available", "--all", "-a", help="List the published models that can be fetched instead.")
+]
+Json = Annotated[bool, typer.Option("--json", help="With --available: one JSON array with all that is known of them.")]
 Name = Annotated[
     str,
     typer.Argument(
@@ -29,14 +33,17 @@ Name = Annotated[
 ]
 
 
-def list_models(every: All = False) -> None:
+def list_models(available: Available = False, json_output: Json = False) -> None:
     """List the installed models."""
+    if available:
+        list_available(json_output)
+        return
+    if json_output:
+        raise UsageError("--json goes with --available")
     rows = [(entry.name, size(entry.n_bytes), headline(entry.path)) for entry in installed()]
     if rows:
         sys.stdout.write(table(rows) + "\n")
     note(f"in {one_line(str(models_dir()), 4096)}")
-    if every:
-        sys.stdout.write(published() + "\n")
 
 
 def headline(path: Path) -> str:
@@ -50,18 +57,6 @@ def headline(path: Path) -> str:
             return f"{shape(gguf, config)}, mostly {main_type(gguf)}"
     except LlmqError as error:
         return one_line(str(error), 120)
-
-
-def published() -> str:
-    """The catalogue as a table; sizes are estimates for the file that `llmq quantize` makes."""
-    from llmq.catalog import catalog
-
-    rows = [("NAME", "WEIGHTS", "AS Q4_K_M", "CONTEXT", "LICENCE", "HUGGING FACE REPOSITORY")]
-    for entry in catalog():
-        weights = f"{entry.n_weights / 1e9:.1f} B"
-        about = f"about {size(entry.q4_k_m_bytes)}"
-        rows.append((entry.name, weights, about, str(entry.context_length), entry.licence, entry.repo))
-    return table(rows)
 
 
 def show(model: options.ModelName = BUNDLED) -> None:

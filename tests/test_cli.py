@@ -230,7 +230,12 @@ def test_help_list_and_rm_load_nothing_heavy(tmp_path) -> None:
         f"print(sorted({heavy!r} & set(sys.modules)), file=sys.stderr); sys.exit(code)"
     )
     environment = os.environ | {"LLMQ_HOME": str(tmp_path)}
-    for arguments, allowed in ((["--help"], "[]"), (["run", "--help"], "[]"), (["list", "--all"], "['numpy']")):
+    for arguments, allowed in (
+        (["--help"], "[]"),
+        (["run", "--help"], "[]"),
+        (["list"], "['numpy']"),
+        (["list", "-a"], "[]"),
+    ):
         done = subprocess.run(
             [sys.executable, "-c", script, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
         )

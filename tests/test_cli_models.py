@@ -1,5 +1,7 @@
 """list, show, rm and quantize on real small files, and every command on hostile ones."""
 
+import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -12,6 +14,7 @@ from hostile import HOSTILE
 from tiny import tiny_gguf
 
 from cli.main import execute
+from llmq.catalog import CatalogEntry, catalog
 from llmq.formats import F16, F32, Q4_K, Q6_K, Q8_0
 from llmq.gguf import GGUFWriter, TensorSpec, open_gguf
 
@@ -47,10 +50,63 @@ def test_list_names_every_model_and_its_size(models, capsys) -> None:
     assert str(models) in err
 
 
-def test_list_all_adds_the_catalogue(capsys) -> None:
-    _, out, _ = llmq(capsys, "list", "--all")
-    assert "mistralai/Mixtral-8x7B-Instruct-v0.1" in out
+@pytest.mark.parametrize("option", ["--available", "--all", "-a"])
+def test_available_lists_the_catalog(capsys, option) -> None:
+    code, out, err = llmq(capsys, "list", option)
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith("mixtral-8x7b "))
+    assert lines[at].split() == ["mixtral-8x7b", "46.7", "B", "28.3", "GB", "32k", "v1", "Apache-2.0", "yes"]
+    assert lines[at + 1].startswith("  mistralai/Mixtral-8x7B-Instruct-v0.1; also mixtral, ")
+    assert max(map(len, lines)) <= 100
+    assert "storyteller" not in out
     assert "mistralai" not in llmq(capsys, "list")[1]
+
+
+def test_what_cannot_run_yet_comes_last_with_its_reason(capsys) -> None:
+    out = llmq(capsys, "list", "--available")[1]
+    runs, *others = out.split("\nNOT YET RUN BY LLMQ: ")
+    unsupported = [entry for entry in catalog() if entry.unsupported]
+    assert len(others) == len({entry.unsupported for entry in unsupported})
+    for entry in catalog():
+        part = next((part for part in others if part.startswith(f"{entry.unsupported}\n")), runs)
+        assert (part is runs) != bool(entry.unsupported)
+        assert f"\n{entry.name} " in part
+
+
+def test_available_as_json_has_everything(capsys) -> None:
+    code, out, err = llmq(capsys, "list", "--available", "--json")
+    assert (code, err) == (0, "")
+    shown = {each["name"]: each for each in json.loads(out)}
+    assert list(shown) == [entry.name for entry in catalog()]
+    mistral, nemo = shown["mistral-7b"], shown["mistral-nemo"]
+    assert (mistral["n_weights"], mistral["repo"]) == (7_248_023_552, "mistralai/Mistral-7B-Instruct-v0.3")
+    assert "mistral" in mistral["aliases"]
+    assert (mistral["gated"], mistral["instruct"], mistral["unsupported"]) == (True, True, "")
+    assert "Tekken" in nemo["unsupported"]
+    assert set(shown["mixtral-8x7b"]) == {
+        *(field.name for field in dataclasses.fields(CatalogEntry)), "n_weights", "q4_k_m_bytes",
+    }  # fmt: skip
+
+
+def test_the_users_models_are_listed_and_cannot_act_on_the_terminal(models, capsys) -> None:
+    user = models.parent / "models.toml"
+    aliases = ", ".join(f"'{'x' * 60}{n}'" for n in range(9))
+    user.write_text(f"[mistral-7b]\nlicence = 'very long, ' # 1\naliases = [{aliases}]\nunsupported = 'it is mine'\n")
+    code, out, _ = llmq(capsys, "list", "-a")
+    assert code == 0
+    assert "NOT YET RUN BY LLMQ: it is mine\nmistral-7b " in out
+    assert max(map(len, out.splitlines())) <= 100
+    user.write_text('[mistral-7b]\nlicence = "\\u001b[2J"\n')
+    code, out, err = llmq(capsys, "list", "-a")
+    assert (code, out) == (2, "")
+    assert "[mistral-7b] has a wrong licence" in err
+    assert err.count("\n") == 1
+    assert llmq(capsys, "list")[0] == 0
+
+
+def test_json_is_of_what_is_available(capsys) -> None:
+    assert llmq(capsys, "list", "--json") == (2, "", "llmq: --json goes with --available\n")
 
 
 def test_show_states_the_shape(models, capsys) -> None:
