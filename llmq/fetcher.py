@@ -179,8 +179,8 @@ class Fetcher:
         what = str(error) if isinstance(error, RetryError) else f"the connection broke off ({reason(error)})"
         if tries >= self._limits.tries:
             raise NetworkError(
-                f"{self._remote.host}: {what}, {tries} times in a row; what is there is kept, and the same command goes "
-                "on from there"
+                f"{self._remote.host}: {what}, {tries} times in a row; what is there is kept, and the same command "
+                "goes on from there"
             )
         asked = error.wait if isinstance(error, RetryError) else 0.0
         wait = min(self._limits.first_wait * 2 ** (tries - 1) * random.uniform(0.75, 1.25), self._limits.longest_wait)

@@ -19,13 +19,12 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 from llmq.catalog import RESERVED, CatalogEntry, catalog, find_entry, is_repository
 from llmq.errors import UsageError
 from llmq.store import NAME, SUFFIX
 
-HUB = "https://huggingface.co"
 TEXT_LIMIT, PART_LIMIT = 4096, 255
 
 _HUB_PREFIX = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)(?:/|$)|hf:(?://)?", re.IGNORECASE)
@@ -51,11 +50,13 @@ class Published:
 
 @dataclass(frozen=True, slots=True)
 class Repo:
-    """A repository on the hub, "org/repo"; `revision` is a branch, a tag or a commit, "" for the main one."""
+    """A repository on the hub, "org/repo"; `revision` is a branch, a tag or a commit, "" for the main one, and `file`
+    one of its .gguf files, where one was named."""
 
     repo: str
     revision: str = ""
     type: str = ""
+    file: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +168,7 @@ def _is_revision(text: str) -> bool:
 # ---- addresses
 
 
-def _on_hub(text: str, rest: str) -> Repo | Url:
+def _on_hub(text: str, rest: str) -> Repo:
     """What stands behind the hub's own address: org/repo, or a page of it as a browser shows it."""
     path = re.split("[?#]", rest)[0].rstrip("/")
     parts = path.split("/")
@@ -179,7 +180,9 @@ def _on_hub(text: str, rest: str) -> Repo | Url:
     if not all(map(_URL_PART.fullmatch, page)):
         raise UsageError(f"{_shown(text)} holds a part that no address on the hub has; copy it from the browser again")
     if page[0] in ("blob", "resolve") and len(page) > 2 and page[-1].endswith(SUFFIX):
-        return Url(f"{HUB}/{repo.repo}/resolve/{'/'.join(page[1:])}")
+        if not _is_revision(page[1]):
+            raise UsageError(f"{_shown(page[1])} is no revision of {repo.repo}; give a branch, a tag or a commit")
+        return Repo(repo.repo, unquote(page[1]), file=unquote("/".join(page[2:])))
     revision = page[1] if page[0] in ("blob", "resolve", "tree", "commit") and len(page) > 1 else ""
     if revision and not _is_revision(revision):
         raise UsageError(f"{_shown(revision)} is no revision of {repo.repo}; give a branch, a tag or a commit")

@@ -114,8 +114,8 @@ class Transfer:
             self._forget(f"what came has the sha256 {digest[:12]}... instead of {self._remote.sha256[:12]}...")
             if again:
                 raise FileFormatError(
-                    f"{quoted(self._ledger.target.name)} is not what {self._remote.host} says it is: its sha256 differed "
-                    "twice; try another network, or tell those who publish it"
+                    f"{quoted(self._ledger.target.name)} is not what {self._remote.host} says it is: its sha256 "
+                    "differed twice; try another network, or tell those who publish it"
                 )
             again = True
             self._fetcher.ask_for(range(self._remote.n_chunks))

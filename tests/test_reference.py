@@ -91,9 +91,9 @@ def test_repositories(prefix, text, repo) -> None:
         ("org/repo/tree/main/sub/folder", Repo("org/repo", "main")),
         ("org/repo/discussions/1", Repo("org/repo")),
         ("org/repo/blob/main/README.md", Repo("org/repo", "main")),
-        ("org/repo/blob/main/a.Q4_K_M.gguf", Url(f"{HUB}/org/repo/resolve/main/a.Q4_K_M.gguf")),
-        ("org/repo/resolve/main/a.gguf?download=true", Url(f"{HUB}/org/repo/resolve/main/a.gguf")),
-        ("org/repo/resolve/v1/sub/a%20b.gguf", Url(f"{HUB}/org/repo/resolve/v1/sub/a%20b.gguf")),
+        ("org/repo/blob/main/a.Q4_K_M.gguf", Repo("org/repo", "main", file="a.Q4_K_M.gguf")),
+        ("org/repo/resolve/main/a.gguf?download=true", Repo("org/repo", "main", file="a.gguf")),
+        ("org/repo/resolve/v1/sub/a%20b.gguf", Repo("org/repo", "v1", file="sub/a b.gguf")),
     ],
 )
 def test_pages_of_the_hub(host, page, found) -> None:
