@@ -34,11 +34,11 @@ class TensorSpec:
 
 
 class GGUFWriter:
-    """Writes one file, tensor by tensor in the declared order; a context manager.
+    """Writes one file, tensor by tensor; a context manager.
 
     The bytes go to `<name>.part` beside the target. Leaving the context flushes that file to disk and renames it, so
     the target is complete or untouched. An error in between removes it; or, given a `job` (a text that stands for all
-    that the data depends on), keeps finished tensors for the next writer of the same job: see `llmq.part`.
+    that the data depends on), keeps finished pieces for the next writer of the same job: see `llmq.part`.
 
     Metadata types: str; bool; int as u32, float as f32, NumPy scalars and arrays as their own type; lists of str or
     bytes as strings, of int as i32, of float as f32. What the reader yields is written back as it was.
@@ -53,60 +53,99 @@ class GGUFWriter:
         self._metadata = metadata
         self._alignment = int(metadata.get("general.alignment", ALIGNMENT))
         self._header = _header(metadata, tensors, self._alignment)
-        self._tensors = list(tensors)
-        self._left = [spec.n_bytes for spec in tensors]
-        self._at = 0
+        self._specs = {spec.name: spec for spec in tensors}
+        starts = itertools.accumulate((_padded(spec.n_bytes, self._alignment) for spec in tensors), initial=0)
+        self._starts = {spec.name: len(self._header) + start for spec, start in zip(tensors, starts, strict=False)}
+        self._left = {spec.name: spec.n_bytes for spec in tensors}
+        self._name, self._at = "", 0
+        self._pieces: list[tuple[str, int]] = []  # tensor and bytes of each
+        self._piece = 0  # bytes of the one being written
         self._part = PartFile(Path(path), job and hashlib.sha256(job.encode() + self._header).hexdigest())
 
     @property
     def n_bytes(self) -> int:
         """Size of the finished file."""
-        return len(self._header) + sum(_padded(spec.n_bytes, self._alignment) for spec in self._tensors)
+        return len(self._header) + sum(_padded(spec.n_bytes, self._alignment) for spec in self._specs.values())
 
     def __enter__(self) -> "GGUFWriter":
         self._part.open(self._header, self.n_bytes)
         return self
 
-    def take_over(self) -> Note | None:
-        """What record() was given for the tensor in turn, where an earlier writer of this job left it whole on disk.
+    def turn_to(self, name: str, start: int = 0) -> None:
+        """What is written next is for the tensor's bytes from `start` on."""
+        assert name in self._specs, f"{name} is not among the tensors"
+        self._name, self._at = name, start
+        self._part.goto(self._starts[name] + start)
 
-        Else None: that tensor and all after it are to be written.
+    def take_over(self, n_bytes: int) -> Note | None:
+        """What record() was given for the next piece, where an earlier writer of this job left it whole on disk.
+
+        It has `n_bytes` of the tensor that was turned to. Else None: it and all after it are to be written.
         """
-        note = self._part.take_over(_padded(self._tensors[self._at].n_bytes, self._alignment))
-        self._at += note is not None
+        note = self._part.take_over(n_bytes + self._padding(n_bytes))
+        if note is not None:
+            self._advance(n_bytes)
+            self._end_piece()
         return note
 
     def write(self, name: str, chunk: np.ndarray) -> None:
-        """Appends the bytes of `chunk` (any dtype and shape) to the named tensor, which must be the one in turn."""
-        spec = self._tensors[self._at]
-        assert name == spec.name, f"{spec.name} is in turn, not {name}"
+        """Appends the bytes of `chunk` (any dtype and shape) to the named tensor."""
+        if name != self._name:
+            self.turn_to(name)
         data = np.ascontiguousarray(chunk).reshape(-1).view(np.uint8)
-        self._left[self._at] -= data.size
-        assert self._left[self._at] >= 0, f"{-self._left[self._at]} bytes too many for {name}"
+        padding = self._padding(data.size)
+        self._advance(data.size)
         self._part.write(data.data)
-        if self._left[self._at] == 0:
-            self._part.write(bytes(-spec.n_bytes % self._alignment))
-            self._at += 1
+        self._part.write(bytes(padding))
 
     def record(self, note: Note) -> None:
-        """Keeps the tensor that is now complete, and `note` with it, for a later writer of the same job."""
-        assert self._left[self._at - 1] == 0, f"{self._tensors[self._at - 1].name} is not complete"
+        """Ends a piece, and keeps it, and `note` with it, for a later writer of the same job."""
         self._part.record(note)
+        self._end_piece()
+
+    def keep(self, n_pieces: int) -> None:
+        """Of the pieces so far only the first are right: all others are to be written again."""
+        self._end_piece()
+        for name, n_bytes in self._pieces[n_pieces:]:
+            self._left[name] += n_bytes
+        del self._pieces[n_pieces:]
+        self._part.keep(n_pieces)
 
     def amend(self, key: str, value: Any) -> None:
         """Gives a number or text in the metadata another value of the same type and size, after the last tensor."""
-        assert self._at == len(self._tensors), f"{self._tensors[self._at].name} is not complete"
+        self._check_complete()
         before = dict(itertools.takewhile(lambda pair: pair[0] != key, self._metadata.items()))
         at = len(_header(before, [], 1)) + len(_string(key))
         assert len(_typed(value)) == len(_typed(self._metadata[key])), key
         self._part.amend(at, _typed(value))
 
+    def _padding(self, n_bytes: int) -> int:
+        """Zeros behind the next `n_bytes`, where those are the tensor's last."""
+        spec = self._specs[self._name]
+        return -spec.n_bytes % self._alignment if self._at + n_bytes == spec.n_bytes else 0
+
+    def _advance(self, n_bytes: int) -> None:
+        self._at += n_bytes
+        self._piece += n_bytes
+        self._left[self._name] -= n_bytes
+        left = self._left[self._name]
+        assert left >= 0, f"{-left} bytes too many for {self._name}"
+
+    def _end_piece(self) -> None:
+        self._pieces.append((self._name, self._piece))
+        self._piece = 0
+
+    def _check_complete(self) -> None:
+        short = [name for name, left in self._left.items() if left]
+        assert not short, f"{short[0]} is not complete"
+
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if error is None and self._at == len(self._tensors):
+        if error is None and not any(self._left.values()):
             self._part.publish()
         else:
             self._part.leave(error)
-            assert error is not None, f"{self._tensors[self._at].name} is not complete"
+            if error is None:
+                self._check_complete()
 
 
 def _padded(n_bytes: int, alignment: int) -> int:

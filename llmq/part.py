@@ -35,12 +35,12 @@ def part_paths(target: Path) -> tuple[Path, Path, Path]:
 
 
 class PartFile:
-    """A head, written anew by every run, and pieces after it, in order; open() first, then one of the last three.
-    A target that is a link is followed.
+    """A head, written anew by every run, and pieces behind it; open() first, and publish() or leave() last. A target
+    that is a link is followed.
 
-    A piece is either taken over from an earlier run of the same `job` or written and recorded. What is recorded is
-    flushed to disk and told in the journal by a thread, after SAVE_SECONDS or SAVE_BYTES, whichever comes first.
-    Without a job nothing is kept.
+    A piece is either taken over from an earlier run of the same `job` or written and recorded, in the same order as
+    there; it lies behind the one before, or where goto() says. What is recorded is flushed to disk and told in the
+    journal by a thread, after SAVE_SECONDS or SAVE_BYTES, whichever comes first. Without a job nothing is kept.
 
     Raises UsageError where the target cannot be written or another process is at it, ResourceError for a full disk.
     """
@@ -75,6 +75,10 @@ class PartFile:
             self.leave(error)
             raise
 
+    def goto(self, at: int) -> None:
+        """What comes next is for the bytes from `at` on."""
+        os.lseek(self._descriptor, at, os.SEEK_SET)
+
     def take_over(self, n_bytes: int) -> Note | None:
         """The note of the next piece where an earlier run left its `n_bytes` whole, else None, then and ever after."""
         if not self._earlier:
@@ -87,8 +91,7 @@ class PartFile:
                 left -= len(block)
             if left or digest.hexdigest() != piece["sha256"]:
                 self._earlier.clear()
-                os.ftruncate(self._descriptor, start)
-                os.lseek(self._descriptor, start, os.SEEK_SET)
+                self.goto(start)
                 return None
         self._pieces.append(self._earlier.popleft())
         return piece["note"]
@@ -110,10 +113,16 @@ class PartFile:
         if self._unsaved >= SAVE_BYTES or time.monotonic() - self._saved_at >= SAVE_SECONDS:
             self._save()
 
+    def keep(self, n_pieces: int) -> None:
+        """Only the first of those taken over and recorded: the others are not right, and are to be written again."""
+        del self._pieces[n_pieces:]
+        self._earlier.clear()
+        self._save()
+
     def amend(self, at: int, data: bytes) -> None:
         """Replaces bytes of the head, just before publish()."""
         with explained(self.target):
-            os.lseek(self._descriptor, at, os.SEEK_SET)
+            self.goto(at)
             self.write(data)
 
     def publish(self) -> None:

@@ -23,9 +23,10 @@ from quant.guide import Guide, Guides, no_guide
 from quant.limits import check_range
 from quant.memory import BASE_BYTES, TEXT_BYTES, check_room
 from quant.outputs import check_outputs
-from quant.receipt import PREFIX, measured, receipt, relative, row_digests, settings
+from quant.pieces import Piece, Tally, TensorReport, pieces_of
+from quant.receipt import PREFIX, measured, receipt, row_digests, settings
 from quant.recipe import PRESETS, Override, assign, takes_type
-from quant.source import Source, Weights, in_layer_order, open_source
+from quant.source import Source, in_layer_order, open_source
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -42,29 +43,8 @@ WORKING_BYTES = 48
 
 
 @dataclass(frozen=True, slots=True)
-class TensorReport:
-    """One tensor as it was written: `shape` has rows first, `source` is the type it came in, `n_bytes` its new size.
-
-    `rms_error` is the root mean square difference to the source's weights over their root mean square; of a large
-    tensor it is measured on an even sample of at least 8 chunks of rows. `index` counts from 0 to `total` - 1.
-    `resumed` tells that an earlier run wrote it.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    source: str
-    format: Format
-    n_bytes: int
-    index: int
-    total: int
-    rms_error: float
-    resumed: bool
-
-
-@dataclass(frozen=True, slots=True)
 class _Chunk:
-    weights: Weights
-    format: Format
+    piece: Piece
     start: int
     stop: int
     measured: bool
@@ -124,11 +104,11 @@ def quantize(
     n_threads = threads or _available()
     check_memory(source, n_threads)
     job = _job(source, preset, guided_by, str(fast))
-    plan = list(zip(tensors, specs, strict=True))
+    pieces = [piece for weights, spec in zip(tensors, specs, strict=True) for piece in pieces_of(weights, spec)]
     with ThreadPoolExecutor(n_threads) as pool, GGUFWriter(out, metadata, specs, job) as writer:
         run = functools.partial(in_order, pool, _encode, ahead=2 * n_threads)
-        notes = yield from _write(plan, writer, run, guides, FAST if fast else ROUNDS, source.release)
-        for key, value in measured(specs, notes).items():
+        notes = yield from _write(pieces, writer, run, guides, FAST if fast else ROUNDS, source.release)
+        for key, value in measured(specs, [notes[spec.name] for spec in specs]).items():
             writer.amend(key, value)
 
 
@@ -151,79 +131,71 @@ def _job(source: Source, *settings: str) -> str:
 
 
 def _write(
-    tensors: list[tuple[Weights, TensorSpec]],
+    pieces: list[Piece],
     writer: GGUFWriter,
     run: Callable[[Iterator[_Chunk]], Iterator[_Encoded]],
     guides: Guides,
     rounds: int,
     release: Callable[[], None],
-) -> Generator[TensorReport, None, list[Note]]:
+) -> Generator[TensorReport, None, dict[str, Note]]:
     """Returns what was noted of each tensor: what the receipt is made of."""
-    notes: list[Note] = []
-    while len(notes) < len(tensors) and (note := writer.take_over()) is not None:
-        notes.append(note)
-        yield _report(tensors, len(notes) - 1, note, resumed=True)
-    done = len(notes)
+    tally = Tally(pieces)
+    for piece in pieces:
+        start, n_bytes = piece.place
+        writer.turn_to(piece.spec.name, start)
+        note = writer.take_over(n_bytes)
+        if note is None:
+            break
+        yield from tally.add(piece, note, resumed=True)
+    left = pieces[tally.n_pieces :]
     # Made as they are asked for: guides of a later layer come from running the model that far.
-    chunks = (chunk for weights, spec in tensors[done:] for chunk in _chunks(weights, spec.format, guides, rounds))
-    results = run(chunks)
-    n_written = 0
-    for index in range(done, len(tensors)):
-        weights, spec = tensors[index]
-        error = size = 0.0
-        n_measured, digest = 0, hashlib.sha256()
-        for _ in _starts(weights):
-            result = next(results)
-            writer.write(spec.name, result.packed)
-            error += result.squared_error
-            size += result.squared_size
-            n_measured += result.n_measured
-            digest.update(result.digests)
-            n_written += 1
-            if n_written % RELEASED_CHUNKS == 0:
-                release()
-        whole = weights.n_rows * spec.shape[-1] / n_measured
-        note = {"squared_error": error * whole, "squared_size": size * whole, "sha256": digest.hexdigest()}
+    results = run(chunk for piece in left for chunk in _chunks(piece, guides, rounds))
+    for piece in left:
+        writer.turn_to(piece.spec.name, piece.place[0])
+        note = _write_piece(piece, writer, results, release)
         writer.record(note)
-        notes.append(note)
-        yield _report(tensors, index, note, resumed=False)
-    return notes
+        yield from tally.add(piece, note, resumed=False)
+    return tally.notes
 
 
-def _report(tensors: list[tuple[Weights, TensorSpec]], index: int, note: Note, *, resumed: bool) -> TensorReport:
-    weights, spec = tensors[index]
-    error = relative(note["squared_error"], note["squared_size"])
-    return TensorReport(
-        spec.name, spec.shape, weights.source, spec.format, spec.n_bytes, index, len(tensors), error, resumed
-    )
+def _write_piece(piece: Piece, writer: GGUFWriter, results: Iterator[_Encoded], release: Callable[[], None]) -> Note:
+    error = size = 0.0
+    n_measured, digest = 0, hashlib.sha256()
+    for number, _ in enumerate(_starts(piece), 1):
+        result = next(results)
+        writer.write(piece.spec.name, result.packed)
+        error += result.squared_error
+        size += result.squared_size
+        n_measured += result.n_measured
+        digest.update(result.digests)
+        if number % RELEASED_CHUNKS == 0:
+            release()
+    whole = (piece.stop - piece.start) * piece.spec.shape[-1] / n_measured
+    return {"squared_error": error * whole, "squared_size": size * whole, "sha256": digest.hexdigest()}
 
 
-def _starts(weights: Weights) -> list[tuple[int, int]]:
-    """Ranges of rows that are encoded together, within one expert each."""
-    per_expert = weights.shape[-2] if len(weights.shape) > 1 else 1
-    step = max(1, CHUNK // weights.shape[-1])
-    ends = (min(at + step, per_expert) for at in range(0, per_expert, step))
-    ranges = list(zip(range(0, per_expert, step), ends, strict=True))
-    return [(first + a, first + b) for first in range(0, weights.n_rows, per_expert) for a, b in ranges]
+def _starts(piece: Piece) -> list[tuple[int, int]]:
+    """Ranges of rows that are encoded together."""
+    step = max(1, CHUNK // piece.weights.shape[-1])
+    return [(at, min(at + step, piece.stop)) for at in range(piece.start, piece.stop, step)]
 
 
-def _chunks(weights: Weights, fmt: Format, guides: Guides, rounds: int) -> Iterator[_Chunk]:
-    starts = _starts(weights)
+def _chunks(piece: Piece, guides: Guides, rounds: int) -> Iterator[_Chunk]:
+    starts = _starts(piece)
     every = max(1, len(starts) // MEASURED_CHUNKS)
-    guide = guides(weights.name)
+    guide = guides(piece.spec.name)
     for i, (start, stop) in enumerate(starts):
-        yield _Chunk(weights, fmt, start, stop, i % every == 0, guide, rounds)
+        yield _Chunk(piece, start, stop, i % every == 0, guide, rounds)
 
 
 def _encode(chunk: _Chunk) -> _Encoded:
-    weights, fmt = chunk.weights, chunk.format
+    weights, fmt = chunk.piece.weights, chunk.piece.spec.format
     rows = weights.rows(chunk.start, chunk.stop)
     check_range(weights.name, fmt, rows)
     if weights.packed and weights.source == fmt.name:
         packed = weights.packed(chunk.start, chunk.stop)
     else:
-        expert = chunk.start // weights.shape[-2] if len(weights.shape) > 1 else 0
-        packed = encode_guided(fmt, rows, chunk.guide, expert, rounds=chunk.rounds)
+        packed = encode_guided(fmt, rows, chunk.guide, chunk.piece.expert, rounds=chunk.rounds)
     off, size = squared_error(fmt, rows, packed) if chunk.measured else (0.0, 0.0)
     # Norms and routers become F32 in any GGUF file; as that they have one hash in all of them.
     stored = weights.source if takes_type(weights.name, weights.shape) else "F32"

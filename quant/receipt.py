@@ -52,8 +52,9 @@ def measured(tensors: Sequence[TensorSpec], notes: Sequence[Note]) -> dict[str, 
     """What is known at the end, from the notes of all tensors.
 
     `llmq.source_sha256` is that of a line `NAME ROWSxCOLUMNS SHA256` for each tensor, sorted; SHA256 is that of the
-    SHA256 digests of its rows, a matrix's as BF16 or F16 where the source has them so, all else as F32. It stands
-    for the weights: in which files and in how many they lay, and in what order, makes no difference.
+    SHA256 digests of its rows, a matrix's as BF16 or F16 where the source has them so, all else as F32; of a tensor of
+    experts, that of the experts' SHA256 digests. It stands for the weights: in which files and in how many they lay,
+    and in what order, makes no difference.
 
     `llmq.rms_error`: the root mean square difference to the source's weights over their root mean square, of all
     matrices.

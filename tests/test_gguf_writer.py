@@ -161,7 +161,7 @@ def test_an_error_leaves_the_target_as_it_was(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "n_bytes", "fragment"),
-    [("u", 128, "in turn"), ("t", 127, "not complete"), ("t", 129, "too many")],
+    [("u", 128, "not among"), ("t", 127, "not complete"), ("t", 129, "too many")],
 )
 def test_the_declaration_is_kept_to(tmp_path: Path, name: str, n_bytes: int, fragment: str) -> None:
     with pytest.raises(AssertionError, match=fragment), GGUFWriter(tmp_path / "x.gguf", {}, [one().spec]) as writer:
@@ -212,10 +212,14 @@ def test_a_job_is_continued_tensor_by_tensor(tmp_path: Path) -> None:
     for n_tensors in range(1, 5):
         interrupted(tmp_path / "x.gguf", pairs, "job", n_tensors)
         with GGUFWriter(tmp_path / "x.gguf", pairs, [spec for spec, _ in content], "job") as writer:
-            notes = [writer.take_over() for _ in range(n_tensors)]
+            notes = []
+            for spec, _ in content[:n_tensors]:
+                writer.turn_to(spec.name)
+                notes.append(writer.take_over(spec.n_bytes))
             assert notes == [{"error": rows[0] / 3} for _, rows in content[:n_tensors]]
             for spec, rows in content[n_tensors:]:
-                assert writer.take_over() is None
+                writer.turn_to(spec.name)
+                assert writer.take_over(spec.n_bytes) is None
                 writer.write(spec.name, rows)
                 writer.record({})
         assert (tmp_path / "x.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
@@ -227,7 +231,8 @@ def test_another_job_or_header_begins_anew(tmp_path: Path, name: str, job: str) 
     interrupted(tmp_path / "x.gguf", {"general.name": "a model"}, "job", 2)
     with GGUFWriter(tmp_path / "x.gguf", {"general.name": name}, [spec for spec, _ in several()], job) as writer:
         for spec, rows in several():
-            assert writer.take_over() is None
+            writer.turn_to(spec.name)
+            assert writer.take_over(spec.n_bytes) is None
             writer.write(spec.name, rows)
     assert open_gguf(tmp_path / "x.gguf").metadata == {"general.name": name}
 
@@ -275,3 +280,42 @@ def test_a_disk_that_fills_up(tmp_path: Path, missing: int) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert list(tmp_path.iterdir()) == []
+
+
+def thirds(content: list[Drawn]) -> list[tuple[TensorSpec, int, np.ndarray]]:
+    """Rows of all tensors, some of the second before any of the first."""
+    pieces = [
+        (spec, at, rows[at : at + spec.n_bytes // 3])
+        for spec, rows in content
+        for at in range(0, spec.n_bytes, spec.n_bytes // 3)
+    ]
+    return [pieces[i] for i in np.random.default_rng(2).permutation(len(pieces))]
+
+
+@pytest.mark.parametrize("stop", [1, 5, 11])
+def test_pieces_may_come_in_any_order_and_be_written_again(tmp_path: Path, stop: int) -> None:
+    content, pairs = several(), {"general.name": "a model"}
+    specs = [spec for spec, _ in content]
+    write(tmp_path / "whole.gguf", pairs, content)
+    writer = GGUFWriter(tmp_path / "x.gguf", pairs, specs, "job")
+    writer.__enter__()
+    for number, (spec, at, rows) in enumerate(thirds(content)[: stop + 1]):
+        writer.turn_to(spec.name, at)
+        writer.write(spec.name, rows if number % 2 else rows[::-1])
+        writer.record({"piece": number})
+    writer.keep(stop)
+    writer.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+    with GGUFWriter(tmp_path / "x.gguf", pairs, specs, "job") as writer:
+        for number, (spec, at, rows) in enumerate(thirds(content)):
+            writer.turn_to(spec.name, at)
+            note = writer.take_over(rows.size)
+            assert note == ({"piece": number} if number < stop else None)
+            if number == stop:  # as if it turned out wrong that the even ones were written backwards
+                writer.keep(0)
+                break
+        for spec, at, rows in thirds(content):
+            writer.turn_to(spec.name, at)
+            writer.write(spec.name, rows)
+            writer.record({})
+    assert (tmp_path / "x.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+    assert len(list(tmp_path.iterdir())) == 2

@@ -38,9 +38,11 @@ def weights_sha256(path: Path) -> str:
             rows = gguf.data(name).reshape(-1, gguf.data(name).shape[-1])
             if info.format not in (F32, F16, BF16):
                 rows = dequantize(info.format, rows)
-            digests = b"".join(hashlib.sha256(row.tobytes()).digest() for row in rows)
+            experts = rows.reshape(-1, info.shape[-2], rows.shape[-1]) if len(info.shape) == 3 else [rows]
+            found = [hashlib.sha256(b"".join(hashlib.sha256(row).digest() for row in each)) for each in experts]
+            digest = found[0] if len(found) == 1 else hashlib.sha256(b"".join(each.digest() for each in found))
             sizes = "x".join(str(size) for size in info.shape)
-            lines.append(f"{name} {sizes} {hashlib.sha256(digests).hexdigest()}\n")
+            lines.append(f"{name} {sizes} {digest.hexdigest()}\n")
     return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
 
 
