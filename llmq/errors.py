@@ -29,3 +29,9 @@ class UnsupportedError(LlmqError):
     """A valid file that llmq cannot run: an architecture, a tensor type or a tokenizer it does not know."""
 
     exit_code = 1
+
+
+def quoted(text: str, limit: int = 60) -> str:
+    """Text from a file or a path, safe to show: control characters escaped, and cut to `limit` characters."""
+    shown = repr(text[:limit])
+    return shown if len(shown) <= limit else shown[: limit - 4] + "...'"

@@ -14,13 +14,12 @@ import stat
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from llmq.errors import FileFormatError, LlmqError, ResourceError, UnsupportedError, UsageError
-from llmq.gguf_header import quoted
+from llmq.errors import FileFormatError, LlmqError, ResourceError, UnsupportedError, UsageError, quoted
+from llmq.files import BLOCK, explained, sync_folder
 
 if sys.platform == "win32":
     import msvcrt
@@ -32,7 +31,6 @@ Note = dict[str, Any]  # of what JSON gives back as it was
 # How much may be lost when the power goes: what was finished since the last save.
 SAVE_BYTES = 64 << 20
 SAVE_SECONDS = 1.0
-BLOCK = 1 << 20  # bytes that are checked at a time
 LOCK_AT = 1 << 62  # Windows locks bytes, and others cannot read those
 
 
@@ -135,7 +133,7 @@ class PartFile:
                 if sys.platform == "win32":  # where an open file cannot be renamed
                     self._close()
                 self._path.replace(self.target)
-                _sync_folder(self.target.parent)
+                sync_folder(self.target.parent)
         except BaseException as error:
             self.leave(error)
             raise
@@ -251,18 +249,6 @@ def check_target(target: Path) -> None:
     raise UsageError(f"cannot write {quoted(str(target), 120)}: {what}; give the path of a file")
 
 
-@contextlib.contextmanager
-def explained(path: Path) -> Iterator[None]:
-    """Turns what the system says about writing `path` into a sentence for the user."""
-    try:
-        yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        kind: type[LlmqError] = ResourceError if full else UsageError
-        advice = "make room or give another folder" if full else "check the path and its permissions"
-        raise kind(f"cannot write {quoted(str(path), 120)}: {error.strerror}; {advice}") from error
-
-
 def _lock(descriptor: int) -> bool:
     """False where another process holds the file; a file system without locks lets everybody."""
     try:
@@ -286,14 +272,3 @@ def _is_at(path: Path, status: os.stat_result) -> bool:
 def _sync_data(descriptor: int) -> None:
     """fdatasync, where there is one."""
     getattr(os, "fdatasync", os.fsync)(descriptor)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes a rename last through a power cut; Windows has no such call and needs none."""
-    if os.name == "nt":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -13,7 +13,8 @@ SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob
 # A module may import modules of a lower rank only; the longest matching prefix decides.
 RANKS = {
     "llmq": 0,
-    "llmq.errors": 1,
+    "llmq.errors": 0,
+    "llmq.files": 1,
     "llmq.store": 2,
     "llmq.catalog": 2,
     "llmq.formats": 2,
