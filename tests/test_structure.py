@@ -21,6 +21,7 @@ RANKS = {
     "llmq.jit": 2,
     "llmq.cores": 2,
     "llmq.gguf_header": 3,
+    "llmq.records": 3,
     "llmq.part": 4,
     "llmq.gguf_writer": 5,
     "llmq.gguf": 6,
