@@ -42,7 +42,7 @@ def part_paths(target: Path) -> tuple[Path, Path, Path]:
 
 class PartFile:
     """A head, written anew by every run, and pieces after it, in order; open() first, then one of the last three.
-    A target that is a link is followed.
+    A target that is a link is followed, unless `follow` is False: then the link is replaced.
 
     A piece is either taken over from an earlier run of the same `job` or written and recorded. What is recorded is
     flushed to disk and told in the journal by a thread, after SAVE_SECONDS or SAVE_BYTES, whichever comes first.
@@ -51,8 +51,8 @@ class PartFile:
     Raises UsageError where the target cannot be written or another process is at it, ResourceError for a full disk.
     """
 
-    def __init__(self, target: Path, job: str = "") -> None:
-        self.target = Path(os.path.realpath(target))
+    def __init__(self, target: Path, job: str = "", *, follow: bool = True) -> None:
+        self.target = Path(os.path.realpath(target)) if follow else target
         self._job = job
         self._path, self._journal, self._new = part_paths(self.target)
         self._descriptor = -1
@@ -68,7 +68,14 @@ class PartFile:
         check_target(self.target)
         with explained(self.target):
             self._check_space(n_bytes)
-            self._descriptor = self._hold()
+            self._drop_second_name()
+            descriptor = _hold(self._path)
+        if descriptor is None:
+            at_it = self._read_journal().get("pid", "another one")
+            raise UsageError(
+                f"cannot write {quoted(str(self.target), 120)}: process {at_it} is writing it; wait for it to end"
+            )
+        self._descriptor = descriptor
         try:
             with explained(self.target):
                 self._begin(n_bytes)
@@ -122,8 +129,13 @@ class PartFile:
             os.lseek(self._descriptor, at, os.SEEK_SET)
             self.write(data)
 
-    def publish(self) -> None:
-        """Gives the file its name; it is on disk whole before it has it."""
+    @property
+    def sha256(self) -> str:
+        """Of what was written since the last piece, or since the head."""
+        return self._digest.hexdigest()
+
+    def publish(self, *, new: bool = False) -> None:
+        """Gives the file its name; it is on disk whole before it has it. `new`: UsageError where the name is taken."""
         try:
             self._wait()
             with explained(self.target):
@@ -132,7 +144,10 @@ class PartFile:
                 self._remove_journal()
                 if sys.platform == "win32":  # where an open file cannot be renamed
                     self._close()
-                self._path.replace(self.target)
+                if new:
+                    self._name_new()
+                else:
+                    self._path.replace(self.target)
                 sync_folder(self.target.parent)
         except BaseException as error:
             self.leave(error)
@@ -164,25 +179,6 @@ class PartFile:
                 f"{quoted(self.target.name)} needs {(n_bytes - there) / 1e6:,.0f} MB of disk and {free / 1e6:,.0f} MB "
                 "is free; make room or give another folder"
             )
-
-    def _hold(self) -> int:
-        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
-        while True:
-            descriptor = os.open(self._path, flags, 0o666)
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
-                os.close(descriptor)
-                raise UsageError(f"cannot write {quoted(str(self._path), 120)}: it is another file; remove it")
-            if not _lock(descriptor):
-                os.close(descriptor)
-                at_it = self._read_journal().get("pid", "another one")
-                raise UsageError(
-                    f"cannot write {quoted(str(self.target), 120)}: process {at_it} is writing it; wait for it to end"
-                )
-            # What was opened may meanwhile have been renamed or removed by the one who held it.
-            if _is_at(self._path, status):
-                return descriptor
-            os.close(descriptor)
 
     def _begin(self, n_bytes: int) -> None:
         journal = self._read_journal()
@@ -223,6 +219,23 @@ class PartFile:
                 self._saving.result()
             self._saving = None
 
+    def _name_new(self) -> None:
+        try:
+            os.link(self._path, self.target)
+        except OSError:  # taken, or a file system without hard links
+            if os.path.lexists(self.target):
+                raise UsageError(f"there is a file {quoted(str(self.target), 120)} already; it was left") from None
+            self._path.replace(self.target)
+        else:
+            self._path.unlink(missing_ok=True)
+
+    def _drop_second_name(self) -> None:
+        """A run killed in _name_new() leaves a part that is the finished file."""
+        if os.path.lexists(self._path) and os.path.lexists(self.target):
+            part, finished = self._path.lstat(), self.target.lstat()
+            if stat.S_ISREG(part.st_mode) and os.path.samestat(part, finished):
+                self._path.unlink(missing_ok=True)
+
     def _remove_journal(self) -> None:
         for path in (self._new, self._journal):
             path.unlink(missing_ok=True)
@@ -247,6 +260,61 @@ def check_target(target: Path) -> None:
         else:
             return
     raise UsageError(f"cannot write {quoted(str(target), 120)}: {what}; give the path of a file")
+
+
+def is_held(part: Path) -> bool:
+    """Whether a process is writing this part."""
+    flags = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    try:
+        descriptor = os.open(part, flags)
+    except OSError:
+        return False
+    try:
+        return not _lock(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def discard(target: Path) -> None:
+    """Removes what an interrupted run left beside `target`, links and not what they lead to.
+
+    Raises UsageError where another process is at it, or something cannot be removed.
+    """
+    part, *journals = part_paths(target)
+    with explained(part):
+        if os.path.lexists(part) and not _is_plain(part.lstat()):
+            part.unlink()
+        descriptor = _hold(part)
+        if descriptor is None:
+            raise UsageError(f"cannot remove {quoted(str(part), 120)}: a process is writing it; wait for it to end")
+        try:
+            for path in (*journals, part):
+                path.unlink(missing_ok=True)
+        finally:
+            os.close(descriptor)
+
+
+def _hold(part: Path) -> int | None:
+    """A descriptor of the part, locked; None where another process holds it."""
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+    while True:
+        descriptor = os.open(part, flags, 0o666)
+        status = os.fstat(descriptor)
+        if not _is_plain(status):
+            os.close(descriptor)
+            raise UsageError(f"cannot write {quoted(str(part), 120)}: it is another file; remove it")
+        if not _lock(descriptor):
+            os.close(descriptor)
+            return None
+        # What was opened may meanwhile have been renamed or removed by the one who held it.
+        if _is_at(part, status):
+            return descriptor
+        os.close(descriptor)
+
+
+def _is_plain(status: os.stat_result) -> bool:
+    """A regular file of one name."""
+    return stat.S_ISREG(status.st_mode) and status.st_nlink == 1
 
 
 def _lock(descriptor: int) -> bool:

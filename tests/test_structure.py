@@ -23,6 +23,7 @@ RANKS = {
     "llmq.gguf_header": 3,
     "llmq.records": 3,
     "llmq.part": 4,
+    "llmq.elsewhere": 5,
     "llmq.gguf_writer": 5,
     "llmq.gguf": 6,
     "llmq.config": 7,
