@@ -91,7 +91,7 @@ def verify(models: Models = None, every: Every = False) -> None:
                 raise
             failed[name] = error
             verdict = str(error)
-        sys.stdout.write(f"{one_line(name, 60)}: {one_line(verdict, 240)}\n")
+        sys.stdout.write(f"{one_line(name, 240)}: {one_line(verdict, 240)}\n")
         sys.stdout.flush()
     if failed:
         names = ", ".join(one_line(name, 60) for name in failed)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from llmq.errors import FileFormatError, LlmqError, ResourceError, UnsupportedError, UsageError, quoted
-from llmq.files import BLOCK, explained, sync_folder
+from llmq.files import BLOCK, explained, open_regular, sync_folder
 
 if sys.platform == "win32":
     import msvcrt
@@ -191,9 +191,11 @@ class PartFile:
     def _read_journal(self) -> dict[str, Any]:
         """Empty where there is none, or not what was written."""
         try:
-            digest, _, text = self._journal.read_bytes().partition(b"\n")
-        except FileNotFoundError:
+            descriptor = open_regular(self._journal, follow=False)
+        except OSError:
             return {}
+        with os.fdopen(descriptor, "rb") as file:
+            digest, _, text = file.read().partition(b"\n")
         return json.loads(text) if hashlib.sha256(text).hexdigest().encode() == digest else {}
 
     def _save(self) -> None:
