@@ -36,7 +36,7 @@ OLLAMA = "ollama:"
 Names = Annotated[
     list[str],
     typer.Argument(
-        metavar="NAME...",
+        metavar="NAME",
         help="Names of installed models, as in llmq list.",
         show_default=False,
         autocompletion=options.complete_model,
@@ -45,7 +45,7 @@ Names = Annotated[
 Models = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[MODEL]...",
+        metavar="MODEL",
         help="Names of installed models, or paths of .gguf files.",
         show_default=False,
         autocompletion=options.complete_model,
@@ -54,7 +54,7 @@ Models = Annotated[
 Model = Annotated[
     str,
     typer.Argument(
-        metavar="[NAME]",
+        metavar="NAME",
         help="Name of an installed model.  [default: the folder]",
         show_default=False,
         autocompletion=options.complete_model,

@@ -399,7 +399,7 @@ def test_bytes_that_are_no_text_do_not_stop_a_prompt() -> None:
 
 def test_a_command_line_error_points_to_the_help(capsys) -> None:
     assert llmq(capsys, "run", "--nothing") == (2, "", "llmq: No such option: --nothing; try `llmq run --help`\n")
-    assert llmq(capsys, "rm") == (2, "", "llmq: Missing argument 'NAME...'; try `llmq rm --help`\n")
+    assert llmq(capsys, "rm") == (2, "", "llmq: Missing argument 'NAME'; try `llmq rm --help`\n")
 
 
 def test_os_errors_name_the_file_and_the_next_step() -> None:

@@ -15,9 +15,11 @@ import pytest
 from cli_fake import module as fake_model
 from tiny import tiny_gguf
 
+import cli.store
 from cli.main import execute
 from cli.models import ago
 from llmq import elsewhere
+from llmq.errors import ResourceError
 from llmq.part import PartFile
 from llmq.records import mark_used, read_record
 
@@ -133,6 +135,24 @@ def test_import_replaces_only_by_force(models, file, tmp_path, capsys) -> None:
     assert not (models / "tiny.gguf").samefile(second)
     assert tree(file.parent) == {key: value for key, value in before.items() if key.startswith(str(file.parent) + "/")}
     assert [path.name for path in models.iterdir()] == ["tiny.gguf"]
+
+
+def test_what_was_known_is_not_said_of_another_file(models, file, tmp_path, capsys, monkeypatch) -> None:
+    """The new file has the name, and its record cannot be written."""
+    llmq(capsys, "import", file)
+    second = tmp_path / "tiny.gguf"
+    tiny_gguf(second, n_layers=1, seed=1)
+
+    def full(*_: Any) -> None:
+        raise ResourceError("cannot write the record: no space; make room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cli.store, "write_record", full)
+        assert "make room" in refused(capsys, "import", second, "--force", code=3)
+    assert (models / "tiny.gguf").samefile(second)
+    code, out, _ = llmq(capsys, "verify", "tiny")
+    assert code == 0
+    assert "nothing was known" in out
 
 
 def test_import_of_a_link_links_the_real_file(models, file, tmp_path, capsys) -> None:
