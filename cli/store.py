@@ -15,7 +15,7 @@ from cli.progress import show_bytes
 from cli.screen import is_terminal, note, one_line, size, table
 from llmq.errors import FileFormatError, LlmqError, UsageError
 from llmq.files import explained, sha256_of
-from llmq.records import drop_record, lost_records, read_record, write_record
+from llmq.records import Record, drop_record, lost_records, read_record, write_record
 from llmq.store import (
     BUNDLED,
     BUNDLED_PATH,
@@ -61,6 +61,7 @@ Model = Annotated[
     ),
 ]
 Every = Annotated[bool, typer.Option("--all", "-a", help="Every installed model.")]
+Accept = Annotated[bool, typer.Option("--accept", help="Remember a file that has changed as it is now.")]
 Source = Annotated[
     str,
     typer.Argument(metavar="FILE", help=f"A .gguf file, or {OLLAMA}NAME for a model of Ollama's.", show_default=False),
@@ -77,7 +78,7 @@ def where(name: Model = "") -> None:
     sys.stdout.write(f"{one_line(str(path), 4096)}\n")
 
 
-def verify(models: Models = None, every: Every = False) -> None:
+def verify(models: Models = None, every: Every = False, accept: Accept = False) -> None:
     """Read model files again and compare them with what they were."""
     if every == bool(models):
         raise UsageError("give names of models to verify, or --all")
@@ -85,7 +86,7 @@ def verify(models: Models = None, every: Every = False) -> None:
     failed: dict[str, LlmqError] = {}
     for name, path in chosen:
         try:
-            verdict = verified(name, path)
+            verdict = verified(name, path, accept)
         except LlmqError as error:
             if len(chosen) == 1:
                 raise
@@ -100,38 +101,43 @@ def verify(models: Models = None, every: Every = False) -> None:
         raise kind(f"{len(failed)} of {len(chosen)} models did not pass, as said above: {names}")
 
 
-def verified(name: str, path: Path) -> str:
+def verified(name: str, path: Path, accept: bool) -> str:
     """What there is to say of a file that is sound, with its sha256; FileFormatError for one that is not."""
     from llmq.gguf import open_gguf
 
     record = read_record(path)
-    known = BUNDLED_SHA256 if path == BUNDLED_PATH else record.sha256 if record else ""
-    if not known:
+    if accept or (record is None and path != BUNDLED_PATH):
         open_gguf(path).close()  # Nothing to compare with: then at least the header, and all tensors in the file.
     with explained(path, "read"):
         n_bytes = path.stat().st_size
     with show_bytes(f"reading {one_line(name, 40)}", n_bytes) as on_bytes:
         sha256 = sha256_of(path, on_bytes)
     if path == BUNDLED_PATH:
-        if sha256 != known:
+        if sha256 != BUNDLED_SHA256:
             raise FileFormatError(f"{BUNDLED} is not as it was packaged; install llmq again")
         return f"as it was packaged, sha256 {sha256}"
     if record is None:
         write_record(path, sha256, "")
         return f"nothing was known of it and its header is sound; from now on it is, sha256 {sha256}"
-    if sha256 == known:
+    if sha256 == record.sha256:
         if record.fits(path):
             return f"as it was, sha256 {sha256}"
         write_record(path, sha256, record.origin, record.added)
         return f"as it was but for its date, sha256 {sha256}"
+    if accept:
+        write_record(path, sha256, "")
+        return f"remembered as it is now, sha256 {sha256}"
+    raise FileFormatError(mismatch(name, path, record))
+
+
+def mismatch(name: str, path: Path, record: Record) -> str:
     day = time.strftime("%Y-%m-%d", time.gmtime(record.added))
-    again = f"get it again with `llmq pull`, or remove it with `llmq rm {one_line(name, 64)}`"
+    again = "get it again"
+    if path.parent == models_dir():
+        again = f"get it again with `llmq pull`, or remove it with `llmq rm {path.stem}`"
     if record.fits(path):
-        raise FileFormatError(f"{one_line(name, 64)} is damaged: its sha256 is not that of {day}; {again}")
-    raise FileFormatError(
-        f"{one_line(name, 64)} is not the file of {day}: date and sha256 are others; {again}; if you changed it, "
-        "`llmq import --force` accepts it"
-    )
+        return f"{one_line(name, 40)} is damaged: its sha256 is not that of {day}; {again}"
+    return f"{one_line(name, 40)} has changed since {day}: {again}, or --accept it if that was you"
 
 
 def import_model(source: Source, name: Called = "", copy: Copy = False, force: Force = False) -> None:
@@ -145,25 +151,22 @@ def import_model(source: Source, name: Called = "", copy: Copy = False, force: F
     n_bytes = check_runs(found.path)
     with explained(models_dir()):
         make_private(models_dir())
-    there = is_same_file(found.path, target) and not (copy and force)
-    if there and not force:
+    if is_same_file(found.path, target) and not (copy and force):
         tell_import(target, "in the store already")
         return
     with show_bytes(f"reading {one_line(found.label, 40)}", n_bytes) as on_bytes:
         sha256 = sha256_of(found.path, on_bytes, follow=False)
         if found.sha256 and sha256 != found.sha256:
             raise FileFormatError(f"{one_line(found.label, 60)} is damaged: its sha256 is another; get it again")
-    if not there and not force and has_content(target, n_bytes, sha256):
+    if os.path.lexists(target) and not force:
+        if not has_content(target, n_bytes, sha256):
+            raise UsageError(f"there is another model named {target.stem}; give --name, or --force to replace it")
         tell_import(target, "in the store already")
         return
-    done = "in the store already"
-    if not there:
-        if not force and os.path.lexists(target):
-            raise UsageError(f"there is another model named {target.stem}; give --name, or --force to replace it")
-        # What is known of the old file must not be said of the new one, whatever happens in between.
-        drop_record(target)
-        with show_bytes(f"copying {one_line(found.label, 40)}", n_bytes) as on_bytes:
-            done = link_or_copy(found.path, target, sha256, replace=force, copy=copy, on_bytes=on_bytes)
+    # What is known of the old file must not be said of the new one, whatever happens in between.
+    drop_record(target)
+    with show_bytes(f"copying {one_line(found.label, 40)}", n_bytes) as on_bytes:
+        done = link_or_copy(found.path, target, sha256, replace=force, copy=copy, on_bytes=on_bytes)
     write_record(target, sha256, found.origin)
     tell_import(target, f"{done}, {size(n_bytes)}")
 

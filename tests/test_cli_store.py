@@ -263,12 +263,27 @@ def test_verify_all_goes_on_after_a_damaged_one(models, file, content, capsys) -
         assert "--all" in refused(capsys, "verify", *arguments)
 
 
-def test_a_file_that_was_changed_on_purpose_is_accepted_by_force(models, file, capsys) -> None:
+def test_a_file_that_was_changed_on_purpose_can_be_accepted(models, file, content, capsys) -> None:
     llmq(capsys, "import", file, "--copy")
-    tiny_gguf(models / "tiny.gguf", n_layers=1, seed=2)
-    assert "--force" in refused(capsys, "verify", "tiny", code=4)
-    assert llmq(capsys, "import", models / "tiny.gguf", "--force")[0] == 0
-    assert llmq(capsys, "verify", "tiny")[0] == 0
+    llmq(capsys, "verify", file)
+    for name, path in (("tiny", models / "tiny.gguf"), (str(file), file)):
+        tiny_gguf(path, n_layers=1, seed=2)
+        err = refused(capsys, "verify", name, code=4)
+        assert "--accept" in err
+        assert ("llmq rm tiny" in err) == (name == "tiny")
+        assert "remembered as it is now" in llmq(capsys, "verify", name, "--accept")[1]
+        assert llmq(capsys, "verify", name)[0] == 0
+        path.write_bytes(content[:-1])
+        assert "cut short" in refused(capsys, "verify", name, "--accept", code=4)
+
+
+def test_import_of_what_is_linked_already_can_become_a_copy(models, file, content, capsys) -> None:
+    llmq(capsys, "import", file)
+    assert "in the store already" in llmq(capsys, "import", file, "--force")[2]
+    assert "copied" in llmq(capsys, "import", file, "--force", "--copy")[2]
+    assert not (models / "tiny.gguf").samefile(file)
+    assert "copied" in llmq(capsys, "import", models / "tiny.gguf", "--force", "--copy")[2]
+    assert (models / "tiny.gguf").read_bytes() == file.read_bytes() == content
 
 
 def test_list_and_show_tell_what_is_known(models, file, content, capsys, monkeypatch) -> None:
