@@ -15,10 +15,11 @@ from typer.main import get_command
 from cli.bench import bench
 from cli.chat import chat
 from cli.eval import evaluate
-from cli.models import list_models, rm, show
+from cli.models import list_models, show
 from cli.quantize import quantize
 from cli.run import run
 from cli.screen import one_line, status
+from cli.store import import_model, prune, rm, verify, where
 from llmq import __version__
 from llmq.errors import LlmqError, ResourceError
 
@@ -40,7 +41,11 @@ app.command()(quantize)
 app.command("eval")(evaluate)
 app.command("list")(list_models)
 app.command()(show)
+app.command()(where)
+app.command()(verify)
+app.command("import")(import_model)
 app.command()(rm)
+app.command()(prune)
 app.command()(bench)
 
 

@@ -1,36 +1,32 @@
-"""llmq list, show and rm: what is installed, what is in a file, and getting rid of it. Headers only, no kernels."""
+"""llmq list and show: what is installed, and what is in a file. Headers only, no kernels."""
 
+import json
 import math
 import sys
+import time
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cli import options
 from cli.available import list_available
 from cli.screen import note, one_line, size, table
-from llmq.errors import LlmqError, UsageError
-from llmq.store import BUNDLED, installed, models_dir, remove, resolve
+from llmq.errors import LlmqError
+from llmq.records import current_record, last_used, read_record
+from llmq.store import BUNDLED, BUNDLED_PATH, BUNDLED_SHA256, Entry, installed, models_dir, resolve
 
 if TYPE_CHECKING:
     from llmq.config import ModelConfig
     from llmq.gguf import GGUF
 
+DAY = 86_400
+
 Available = Annotated[
     bool, typer.Option("--available", "--all", "-a", help="List the published models that can be fetched instead.")
 ]
-Json = Annotated[bool, typer.Option("--json", help="With --available: one JSON array with all that is known of them.")]
-Name = Annotated[
-    str,
-    typer.Argument(
-        metavar="NAME",
-        help="Name of an installed model, as in llmq list.",
-        show_default=False,
-        autocompletion=options.complete_model,
-    ),
-]
+Json = Annotated[bool, typer.Option("--json", help="One JSON array on stdout, with all that is known.")]
 
 
 def list_models(available: Available = False, json_output: Json = False) -> None:
@@ -39,10 +35,12 @@ def list_models(available: Available = False, json_output: Json = False) -> None
         list_available(json_output)
         return
     if json_output:
-        raise UsageError("--json goes with --available")
-    rows = [(entry.name, size(entry.n_bytes), headline(entry.path)) for entry in installed()]
+        json.dump([as_json(entry) for entry in installed()], sys.stdout)
+        sys.stdout.write("\n")
+        return
+    rows = [(entry.name, size(entry.n_bytes), used(entry.path), headline(entry.path)) for entry in installed()]
     if rows:
-        sys.stdout.write(table(rows) + "\n")
+        sys.stdout.write(table([("NAME", "SIZE", "LAST USED", "MODEL"), *rows]) + "\n")
     note(f"in {one_line(str(models_dir()), 4096)}")
 
 
@@ -59,6 +57,50 @@ def headline(path: Path) -> str:
         return one_line(str(error), 120)
 
 
+def as_json(entry: Entry) -> dict[str, Any]:
+    """All that is known of a model; null where it is not."""
+    from llmq.gguf import open_gguf
+
+    record, used_at = current_record(entry.path), last_used(entry.path)
+    found: dict[str, Any] = {
+        "name": entry.name,
+        "path": str(entry.path),
+        "bytes": entry.n_bytes,
+        "type": None,
+        "weights": None,
+        "sha256": BUNDLED_SHA256 if entry.path == BUNDLED_PATH else record.sha256 if record else None,
+        "origin": (record.origin or None) if record else None,
+        "added": iso_time(record.added) if record else None,
+        "last_used": iso_time(used_at) if used_at is not None else None,
+        "error": None,
+    }
+    try:
+        with open_gguf(entry.path) as gguf:
+            return found | {"type": main_type(gguf), "weights": n_weights(gguf)}
+    except LlmqError as error:
+        return found | {"error": str(error)}
+
+
+def used(path: Path) -> str:
+    """When a model was last loaded: "3 days ago", or "never"."""
+    moment = last_used(path)
+    return ago(time.time() - moment) if moment is not None else "never"
+
+
+def ago(seconds: float) -> str:
+    """Like "3 days ago": the largest unit of which at least one has passed."""
+    for unit, length in (("year", 365 * DAY), ("month", 30 * DAY), ("day", DAY), ("hour", 3600), ("minute", 60)):
+        if seconds >= length:
+            count = int(seconds // length)
+            return f"{count} {unit}{'' if count == 1 else 's'} ago"
+    return "just now"
+
+
+def iso_time(moment: float) -> str:
+    """Seconds since 1970 as ISO 8601 in UTC."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(moment))
+
+
 def show(model: options.ModelName = BUNDLED) -> None:
     """Show what is in a model file."""
     from llmq.config import check_tensors, read_config
@@ -71,6 +113,7 @@ def show(model: options.ModelName = BUNDLED) -> None:
         check_tensors(gguf, config)
         rows = [("file", one_line(str(path), 4096)), ("size", size(path.stat().st_size)), *describe(gguf, config)]
         rows += [(label, one_line(text)) for label, text in describe_receipt(gguf.metadata)]
+    rows += describe_record(path)
     sys.stdout.write(table(rows) + "\n")
 
 
@@ -93,12 +136,30 @@ def describe(gguf: "GGUF", config: "ModelConfig") -> list[tuple[str, str]]:
     ]
 
 
+def describe_record(path: Path) -> list[tuple[str, str]]:
+    """What is remembered of a file."""
+    rows = [("last used", used(path))]
+    if path == BUNDLED_PATH:
+        return [*rows, ("sha256", BUNDLED_SHA256)]
+    record = read_record(path)
+    if record is None:
+        return rows
+    if record.origin:
+        rows.append(("origin", one_line(record.origin)))
+    known = record.sha256 if record.fits(path) else "the file has changed since; `llmq verify` tells"
+    return [*rows, ("added", iso_time(record.added)), ("sha256", known)]
+
+
 def shape(gguf: "GGUF", config: "ModelConfig") -> str:
     """Number of weights, and dense or how many experts."""
-    weights = sum(math.prod(info.shape) for info in gguf.tensors.values())
+    weights = n_weights(gguf)
     count = f"{weights / 1e9:.1f} B" if weights >= 10**9 else f"{weights / 1e6:.1f} M"
     experts = f"{config.n_experts} experts, {config.n_experts_used} used a token" if config.n_experts else "dense"
     return f"{count} weights, {experts}"
+
+
+def n_weights(gguf: "GGUF") -> int:
+    return sum(math.prod(info.shape) for info in gguf.tensors.values())
 
 
 def main_type(gguf: "GGUF") -> str:
@@ -107,9 +168,3 @@ def main_type(gguf: "GGUF") -> str:
     for info in gguf.tensors.values():
         n_bytes[info.format.name] += info.n_bytes
     return n_bytes.most_common(1)[0][0] if n_bytes else "nothing"
-
-
-def rm(name: Name) -> None:
-    """Delete a model from the store."""
-    entry = remove(name)
-    note(f"removed {entry.name}, {size(entry.n_bytes)} freed")

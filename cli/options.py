@@ -110,8 +110,9 @@ def sampling(
 def open_model(name: str, engine: Engine) -> "Model":
     """Loads the model; what has to be done first, once for this machine, is told on stderr."""
     from llmq.model import load
+    from llmq.records import mark_used
 
-    return load(
+    model = load(
         name,
         n_ctx=engine.n_ctx,
         window=engine.window,
@@ -119,6 +120,8 @@ def open_model(name: str, engine: Engine) -> "Model":
         kv_type=engine.kv_type,
         on_event=show_loading,
     )
+    mark_used(model.path)
+    return model
 
 
 def utf8(text: str) -> str:

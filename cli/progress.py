@@ -1,7 +1,8 @@
-"""How far llmq quantize is: a progress bar on a terminal; elsewhere, one line per tensor."""
+"""How far a long command is: a progress bar on a terminal; elsewhere, of llmq quantize one line per tensor."""
 
+import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from cli.screen import is_terminal, note, one_line, size, status
@@ -40,6 +41,27 @@ def show_reports(reports: "Iterator[TensorReport]", title: str) -> "list[TensorR
         finally:
             status.bar = None
     return done
+
+
+@contextlib.contextmanager
+def show_bytes(title: str, n_bytes: int) -> Iterator[Callable[[int], None]]:
+    """Gives what is to be told of bytes as they are read; away from a terminal nothing is shown of them."""
+    if not is_terminal(sys.stderr):
+        yield lambda _: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(one_line(title, 60), total=n_bytes)
+        yield lambda n_read: progress.advance(task, n_read)
 
 
 def describe(report: "TensorReport") -> str:

@@ -13,6 +13,7 @@ from cli.mix import Bpw, Optimize, Size, checked_budget, choose_mix
 from cli.progress import show_reports
 from cli.screen import note, one_line, show_compiling, size
 from llmq.errors import UsageError
+from llmq.records import drop_record
 from llmq.store import NAME, make_private, model_path, models_dir
 
 if TYPE_CHECKING:
@@ -118,6 +119,7 @@ def quantize(
         remarks=remarks,
     )
     done = follow(quantized, f"{one_line(source.name, 40)} to {label}")
+    drop_record(out)  # of a file that was there before
     name = out.stem if out.parent == models_dir() else str(out)
     note(f"{size(out.stat().st_size)} written; talk to it: llmq chat {one_line(name)}")
     sys.stdout.write(f"{one_line(str(out), 4096)}\n")

@@ -4,8 +4,7 @@ import email.utils
 import time
 from http.client import HTTPResponse
 
-from llmq.errors import NetworkError
-from llmq.gguf_header import quoted
+from llmq.errors import NetworkError, quoted
 
 BUSY = {408, 425, 429, 500, 502, 503, 504}
 REFUSED = {401, 403}

@@ -8,9 +8,8 @@ from typing import TypeVar
 from urllib.parse import urlsplit
 
 from llmq.answer import RetryError, check_answer, check_status, reason
-from llmq.errors import NetworkError
+from llmq.errors import NetworkError, quoted
 from llmq.fetcher import LIMITS, Limits, Remote
-from llmq.gguf_header import quoted
 from llmq.http import BROKEN, Line, Request, checked, host_of
 
 Taken = TypeVar("Taken")

@@ -35,3 +35,9 @@ class NetworkError(LlmqError):
     """The other side cannot be reached, breaks off, or does not give what it should."""
 
     exit_code = 5
+
+
+def quoted(text: str, limit: int = 60) -> str:
+    """Text from a file or a path, safe to show: control characters escaped, and cut to `limit` characters."""
+    shown = repr(text[:limit])
+    return shown if len(shown) <= limit else shown[: limit - 4] + "...'"

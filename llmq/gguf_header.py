@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from llmq.errors import FileFormatError, UnsupportedError
+from llmq.errors import FileFormatError, UnsupportedError, quoted
 from llmq.formats import FORMATS, GGML_NAMES, Format, row_bytes
 
 # Types of metadata values.
@@ -47,12 +47,6 @@ class TensorInfo:
     format: Format
     offset: int
     n_bytes: int
-
-
-def quoted(text: str, limit: int = 60) -> str:
-    """Text from a file or a path, safe to show: control characters escaped, and cut to `limit` characters."""
-    shown = repr(text[:limit])
-    return shown if len(shown) <= limit else shown[: limit - 4] + "...'"
 
 
 class CutShortError(FileFormatError):

@@ -17,8 +17,7 @@ from typing import cast
 from urllib.parse import SplitResult, unquote, urljoin, urlsplit
 
 from llmq import __version__
-from llmq.errors import NetworkError
-from llmq.gguf_header import quoted
+from llmq.errors import NetworkError, quoted
 
 USER_AGENT = f"llmq/{__version__}"
 CONNECT_SECONDS = 10.0

@@ -16,9 +16,8 @@ from urllib.parse import quote, urlsplit
 
 from llmq.answer import REFUSED, RetryError, check_answer
 from llmq.ask import ask, read_body
-from llmq.errors import FileFormatError, NetworkError
+from llmq.errors import FileFormatError, NetworkError, quoted
 from llmq.fetcher import LIMITS, Limits, Remote
-from llmq.gguf_header import quoted
 from llmq.http import Request, checked, host_of, is_private
 
 TRUE = {"1", "true", "yes", "on"}

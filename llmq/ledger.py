@@ -19,10 +19,10 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from llmq.disk import check_target, explained, hold, sync_folder
-from llmq.errors import ResourceError
+from llmq.errors import ResourceError, quoted
 from llmq.fetcher import CHUNK, Remote
-from llmq.gguf_header import quoted
+from llmq.files import check_target, explained, sync_folder
+from llmq.locks import hold
 from llmq.part import part_paths
 
 LINE = len("00000000 00000000\n")
@@ -39,7 +39,7 @@ class Ledger:
     """
 
     def __init__(self, target: Path, remote: Remote) -> None:
-        self.target = Path(os.path.realpath(target))
+        self.target = target
         self._remote = remote
         self._head = (
             json.dumps({"key": content_key(remote), "n_bytes": remote.n_bytes, "chunk": CHUNK}).encode() + b"\n"
@@ -53,11 +53,13 @@ class Ledger:
         check_target(self.target)
         try:
             with explained(self.target):
-                self._log = hold(self._journal)
-                self._data = hold(self._part) if self._log >= 0 else -1
-                if self._data < 0:
+                log = hold(self._journal)
+                self._log = -1 if log is None else log
+                data = None if log is None else hold(self._part)
+                if data is None:
                     self.close()
                     return None
+                self._data = data
                 found = self._read()
                 self._check_space()
                 os.ftruncate(self._data, self._remote.n_bytes)

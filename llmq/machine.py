@@ -4,6 +4,7 @@ Measured in about a second, once, and remembered in the cache folder for as long
 bounds decode and products bound prefill, so both figures together say what to expect of a model.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -19,7 +20,8 @@ import numpy as np
 import psutil
 
 from llmq.cores import MEASURING, allowed_cpus, cgroup_quota, cpu_name, last_cache_bytes, usable_cores
-from llmq.jit import cache_root, codegen_target, open_private, write_atomically
+from llmq.files import open_private, write_atomically
+from llmq.jit import cache_root, codegen_target
 from llmq.kernels.probe import CHUNK, READ_JOB, SUMS, WORKING_SET, read_chunks, repeat_dots
 from llmq.team import Team, aligned
 
@@ -154,7 +156,8 @@ def remember(folder: Path, machine: Machine) -> None:
     content = dataclasses.asdict(machine) | {"key": key, "cpu": cpu_name()}
     content["read_rates"] = {str(n): rate for n, rate in machine.read_rates.items()}
     text = json.dumps({"check": _check(content), **content}, indent=1) + "\n"
-    write_atomically(folder / f"{key[:20]}.json", text.encode())
+    with contextlib.suppress(OSError):  # measured again next time
+        write_atomically(folder / f"{key[:20]}.json", text.encode())
 
 
 def remembered(folder: Path, n_cores: int) -> Machine | None:

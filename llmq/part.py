@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import sys
 import time
 from collections import deque
@@ -16,16 +17,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from llmq.disk import check_target, explained, hold, sync_data, sync_folder
-from llmq.errors import FileFormatError, LlmqError, ResourceError, UnsupportedError, UsageError
-from llmq.gguf_header import quoted
+from llmq.errors import FileFormatError, LlmqError, ResourceError, UnsupportedError, UsageError, quoted
+from llmq.files import BLOCK, check_target, explained, open_regular, sync_folder
+from llmq.locks import hold, is_plain
 
 Note = dict[str, Any]  # of what JSON gives back as it was
 
 # How much may be lost when the power goes: what was finished since the last save.
 SAVE_BYTES = 64 << 20
 SAVE_SECONDS = 1.0
-BLOCK = 1 << 20  # bytes that are checked at a time
 
 
 def part_paths(target: Path) -> tuple[Path, Path, Path]:
@@ -36,7 +36,7 @@ def part_paths(target: Path) -> tuple[Path, Path, Path]:
 
 class PartFile:
     """A head, written anew by every run, and pieces behind it; open() first, and publish() or leave() last. A target
-    that is a link is followed.
+    that is a link is followed, unless `follow` is False: then the link is replaced.
 
     A piece is either taken over from an earlier run of the same `job` or written and recorded, in the same order as
     there; it lies behind the one before, or where goto() says. What is recorded is flushed to disk and told in the
@@ -45,8 +45,8 @@ class PartFile:
     Raises UsageError where the target cannot be written or another process is at it, ResourceError for a full disk.
     """
 
-    def __init__(self, target: Path, job: str = "") -> None:
-        self.target = Path(os.path.realpath(target))
+    def __init__(self, target: Path, job: str = "", *, follow: bool = True) -> None:
+        self.target = Path(os.path.realpath(target)) if follow else target
         self._job = job
         self._path, self._journal, self._new = part_paths(self.target)
         self._descriptor = -1
@@ -62,7 +62,14 @@ class PartFile:
         check_target(self.target)
         with explained(self.target):
             self._check_space(n_bytes)
-            self._descriptor = self._hold()
+            self._drop_second_name()
+            descriptor = hold(self._path)
+        if descriptor is None:
+            at_it = self._read_journal().get("pid", "another one")
+            raise UsageError(
+                f"cannot write {quoted(str(self.target), 120)}: process {at_it} is writing it; wait for it to end"
+            )
+        self._descriptor = descriptor
         try:
             with explained(self.target):
                 self._begin(n_bytes)
@@ -125,8 +132,13 @@ class PartFile:
             self.goto(at)
             self.write(data)
 
-    def publish(self) -> None:
-        """Gives the file its name; it is on disk whole before it has it."""
+    @property
+    def sha256(self) -> str:
+        """Of what was written since the last piece, or since the head."""
+        return self._digest.hexdigest()
+
+    def publish(self, *, new: bool = False) -> None:
+        """Gives the file its name; it is on disk whole before it has it. `new`: UsageError where the name is taken."""
         try:
             self._wait()
             with explained(self.target):
@@ -135,7 +147,10 @@ class PartFile:
                 self._remove_journal()
                 if sys.platform == "win32":  # where an open file cannot be renamed
                     self._close()
-                self._path.replace(self.target)
+                if new:
+                    self._name_new()
+                else:
+                    self._path.replace(self.target)
                 sync_folder(self.target.parent)
         except BaseException as error:
             self.leave(error)
@@ -168,15 +183,6 @@ class PartFile:
                 "is free; make room or give another folder"
             )
 
-    def _hold(self) -> int:
-        descriptor = hold(self._path)
-        if descriptor < 0:
-            at_it = self._read_journal().get("pid", "another one")
-            raise UsageError(
-                f"cannot write {quoted(str(self.target), 120)}: process {at_it} is writing it; wait for it to end"
-            )
-        return descriptor
-
     def _begin(self, n_bytes: int) -> None:
         journal = self._read_journal()
         if self._job and journal.get("job") == self._job:
@@ -188,9 +194,11 @@ class PartFile:
     def _read_journal(self) -> dict[str, Any]:
         """Empty where there is none, or not what was written."""
         try:
-            digest, _, text = self._journal.read_bytes().partition(b"\n")
-        except FileNotFoundError:
+            descriptor = open_regular(self._journal, follow=False)
+        except OSError:
             return {}
+        with os.fdopen(descriptor, "rb") as file:
+            digest, _, text = file.read().partition(b"\n")
         return json.loads(text) if hashlib.sha256(text).hexdigest().encode() == digest else {}
 
     def _save(self) -> None:
@@ -202,7 +210,7 @@ class PartFile:
         self._unsaved, self._saved_at = 0, time.monotonic()
 
     def _flush(self, journal: bytes) -> None:
-        sync_data(self._descriptor)
+        _sync_data(self._descriptor)
         self._new.unlink(missing_ok=True)
         with self._new.open("xb") as file:
             file.write(hashlib.sha256(journal).hexdigest().encode() + b"\n" + journal)
@@ -216,6 +224,23 @@ class PartFile:
                 self._saving.result()
             self._saving = None
 
+    def _name_new(self) -> None:
+        try:
+            os.link(self._path, self.target)
+        except OSError:  # taken, or a file system without hard links
+            if os.path.lexists(self.target):
+                raise UsageError(f"there is a file {quoted(str(self.target), 120)} already; it was left") from None
+            self._path.replace(self.target)
+        else:
+            self._path.unlink(missing_ok=True)
+
+    def _drop_second_name(self) -> None:
+        """A run killed in _name_new() leaves a part that is the finished file."""
+        if os.path.lexists(self._path) and os.path.lexists(self.target):
+            part, finished = self._path.lstat(), self.target.lstat()
+            if stat.S_ISREG(part.st_mode) and os.path.samestat(part, finished):
+                self._path.unlink(missing_ok=True)
+
     def _remove_journal(self) -> None:
         for path in (self._new, self._journal):
             path.unlink(missing_ok=True)
@@ -226,3 +251,27 @@ class PartFile:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+
+
+def discard(target: Path) -> None:
+    """Removes what an interrupted run left beside `target`, links and not what they lead to.
+
+    Raises UsageError where another process is at it, or something cannot be removed.
+    """
+    part, *journals = part_paths(target)
+    with explained(part):
+        if os.path.lexists(part) and not is_plain(part.lstat()):
+            part.unlink()
+        descriptor = hold(part)
+        if descriptor is None:
+            raise UsageError(f"cannot remove {quoted(str(part), 120)}: a process is writing it; wait for it to end")
+        try:
+            for path in (*journals, part):
+                path.unlink(missing_ok=True)
+        finally:
+            os.close(descriptor)
+
+
+def _sync_data(descriptor: int) -> None:
+    """fdatasync, where there is one."""
+    getattr(os, "fdatasync", os.fsync)(descriptor)

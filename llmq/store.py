@@ -13,6 +13,7 @@ from llmq.errors import UsageError
 
 BUNDLED = "storyteller"
 BUNDLED_PATH = Path(__file__).with_name("storyteller.gguf")
+BUNDLED_SHA256 = "c41e85c6d6fe77bad08625b69fa3a7a88b2cd23205f468629ae82913bda30179"
 SUFFIX = ".gguf"
 
 # A name becomes a file name: no separators, no leading dot or dash, nothing that a terminal could act on.
@@ -104,13 +105,22 @@ def installed() -> list[Entry]:
     ]
 
 
-def remove(name: str) -> Entry:
-    """Deletes a model of the store and returns what it was. UsageError where there is none of that name."""
+def stored(name: str) -> Path:
+    """The file of a model of the store, or the link in its place; UsageError where there is none of that name."""
     if name == BUNDLED:
         raise UsageError(f"{BUNDLED} is part of llmq and cannot be removed")
     path = model_path(name)
-    if not path.is_file():
+    if not path.is_file() and not path.is_symlink():
         raise UsageError(_unknown(name))
-    entry = Entry(name, path, path.stat().st_size)
+    return path
+
+
+def remove(name: str) -> Entry:
+    """Deletes a model of the store, of a link the link, and returns what it was.
+
+    UsageError where there is none of that name.
+    """
+    path = stored(name)
+    entry = Entry(name, path, path.lstat().st_size)
     path.unlink()
     return entry

@@ -11,9 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmq.errors import FileFormatError
+from llmq.errors import FileFormatError, quoted
 from llmq.fetcher import CHUNK, LIMITS, Fetcher, Limits, Remote
-from llmq.gguf_header import quoted
+from llmq.files import sha256_of
 from llmq.ledger import Ledger
 
 TICK_SECONDS = 0.1
@@ -48,16 +48,11 @@ def fetch(remote: Remote, target: Path, limits: Limits = LIMITS) -> Generator[Pr
         waited = True
         yield Progress(0, remote.n_bytes, 0, holder=ledger.holder())
         time.sleep(WAIT_SECONDS)
-    if waited and remote.sha256 and target.is_file() and file_sha256(target) == remote.sha256:
+    if waited and remote.sha256 and target.is_file() and sha256_of(target) == remote.sha256:
         ledger.discard()
         yield Progress(remote.n_bytes, remote.n_bytes, remote.n_bytes, sha256=remote.sha256)
         return
     yield from Transfer(remote, ledger, found, limits).run()
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Transfer:

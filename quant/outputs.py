@@ -4,8 +4,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from llmq.disk import check_target, explained
 from llmq.errors import UsageError
+from llmq.files import check_target, explained
 from llmq.gguf import quoted
 from llmq.part import part_paths
 

@@ -179,6 +179,9 @@ def test_a_cut_answer_says_so(fake, capsys, reason, said) -> None:
         (["rm", "storyteller"], 2, "part of llmq"),
         (["rm", "../../etc/passwd"], 2, "not a model name"),
         (["rm"], 2, "NAME"),
+        (["verify"], 2, "--all"),
+        (["import"], 2, "FILE"),
+        (["where", "nobody"], 2, "no model"),
         (["show", "nobody"], 2, "no model"),
         (["run", "interrupt"], 130, ""),
         (["run", "crash"], 1, "bug in llmq"),
@@ -223,7 +226,7 @@ def test_help_and_version(capsys, arguments) -> None:
     assert "\x1b" not in out
 
 
-def test_help_list_and_rm_load_nothing_heavy(tmp_path) -> None:
+def test_help_and_the_store_load_nothing_heavy(tmp_path) -> None:
     heavy = {"numba", "llvmlite", "numpy", "sentencepiece", "prompt_toolkit", "rich", "llmq.model", "gguf", "torch"}
     script = (
         "import sys; from cli.main import execute; code = execute(sys.argv[1:]); "
@@ -235,6 +238,13 @@ def test_help_list_and_rm_load_nothing_heavy(tmp_path) -> None:
         (["run", "--help"], "[]"),
         (["list"], "['numpy']"),
         (["list", "-a"], "[]"),
+        (["where"], "[]"),
+        (["prune"], "[]"),
+        (["list", "--json"], "['numpy']"),
+        (["show"], "['numpy']"),
+        (["verify", "--all"], "['numpy']"),
+        (["import", str(ROOT / "llmq" / "storyteller.gguf"), "--name", "story"], "['numpy']"),
+        (["rm", "story"], "[]"),
     ):
         done = subprocess.run(
             [sys.executable, "-c", script, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
@@ -421,7 +431,8 @@ def test_the_manual_names_every_command_and_option(capsys) -> None:
 
 def test_the_readme_uses_commands_that_exist(capsys) -> None:
     readme = (ROOT / "README.md").read_text("utf-8")
-    used = re.findall(r"llmq (chat|run|quantize|eval|list|show|rm|bench)\b([^`\n]*)", readme)
-    assert {command for command, _ in used} == {"chat", "run", "quantize", "eval", "list", "show", "rm", "bench"}
+    names = re.findall(r"^  (\w+)  ", llmq(capsys, "--help")[1].partition("Commands:")[2], re.MULTILINE)
+    used = re.findall(rf"llmq ({'|'.join(names)})\b([^`\n]*)", readme)
+    assert {command for command, _ in used} == set(names)
     for command, rest in used:
         assert option_names(rest.partition('"')[0]) <= option_names(llmq(capsys, command, "--help")[1])

@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
-from llmq import disk
+from llmq import locks
 from llmq import part as module
 from llmq.errors import FileFormatError, LlmqError, ResourceError, UnsupportedError, UsageError
-from llmq.part import PartFile, part_paths
+from llmq.locks import is_held
+from llmq.part import PartFile, discard, part_paths
 
 HEAD = b"head of the file"
 PIECES = [bytes([i]) * (i * 1000 + 1) for i in range(1, 7)]
@@ -180,14 +181,14 @@ def test_a_file_that_got_its_name_meanwhile_is_not_taken_for_a_part(tmp_path: Pa
     """The one who held the lock publishes between another's opening and locking."""
     first = PartFile(tmp_path / "x", "job")
     first.open(HEAD, 1)
-    lock = disk.lock
+    lock = locks.lock
 
     def late(descriptor: int) -> bool:
-        monkeypatch.setattr(disk, "lock", lock)
+        monkeypatch.setattr(locks, "lock", lock)
         first.publish()
         return lock(descriptor)
 
-    monkeypatch.setattr(disk, "lock", late)
+    monkeypatch.setattr(locks, "lock", late)
     second = PartFile(tmp_path / "x", "job")
     second.open(b"another head", 1)
     assert (tmp_path / "x").read_bytes() == HEAD
@@ -225,6 +226,70 @@ def test_a_link_in_place_of_the_journal_is_replaced(tmp_path: Path) -> None:
         path.symlink_to(precious)
     write(tmp_path / "folder" / "x")
     assert precious.read_bytes() == b"precious"
+
+
+def test_a_pipe_in_place_of_the_journal_holds_nobody_up(tmp_path: Path) -> None:
+    for path in part_paths(tmp_path / "x")[1:]:
+        os.mkfifo(path)
+    write(tmp_path / "x")
+
+
+@pytest.mark.parametrize("plant", ["symlink", "hard link", "pipe", "another run's"])
+def test_what_was_left_is_discarded_without_following_links(tmp_path: Path, plant: str) -> None:
+    folder, precious = tmp_path / "folder", tmp_path / "precious"
+    folder.mkdir()
+    precious.write_bytes(b"precious")
+    for path in part_paths(folder / "x"):
+        match plant:
+            case "symlink":
+                path.symlink_to(precious)
+            case "hard link":
+                path.hardlink_to(precious)
+            case "pipe":
+                os.mkfifo(path)
+            case _:
+                path.write_bytes(b"left")
+    (folder / "x").symlink_to(precious)  # whose own leftovers are not meant
+    (tmp_path / "precious.part").write_bytes(b"of precious")
+    assert not is_held(folder / "x.part")
+    discard(folder / "x")
+    assert [path.name for path in folder.iterdir()] == ["x"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "precious", "precious.part"]
+    assert precious.read_bytes() == b"precious"
+
+
+def test_what_a_process_holds_is_not_discarded(tmp_path: Path) -> None:
+    part = PartFile(tmp_path / "x", "job")
+    part.open(HEAD, len(WHOLE))
+    assert is_held(tmp_path / "x.part")
+    with pytest.raises(UsageError, match="is writing it"):
+        discard(tmp_path / "x")
+    part.leave(None)
+    assert not is_held(tmp_path / "x.part")
+
+
+def test_a_new_file_takes_no_others_name(tmp_path: Path) -> None:
+    for taken in (False, True):
+        part = PartFile(tmp_path / "x")
+        part.open(HEAD, len(HEAD))
+        if not taken:
+            part.publish(new=True)
+            continue
+        with pytest.raises(UsageError, match="already"):
+            part.publish(new=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+    assert (tmp_path / "x").read_bytes() == HEAD
+
+
+def test_a_link_is_replaced_where_it_is_not_to_be_followed(tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.write_bytes(b"precious")
+    (tmp_path / "x").symlink_to(precious)
+    part = PartFile(tmp_path / "x", follow=False)
+    part.open(HEAD, len(HEAD))
+    part.publish()
+    assert precious.read_bytes() == b"precious"
+    assert not (tmp_path / "x").is_symlink()
 
 
 def test_what_is_there_counts_as_room(tmp_path: Path, monkeypatch: Any) -> None:

@@ -1,3 +1,4 @@
+import hashlib
 import os
 import stat
 from pathlib import Path
@@ -119,6 +120,28 @@ def test_remove_deletes_one_model_and_never_the_bundled_one() -> None:
         store.remove("pebble")
     with pytest.raises(UsageError, match="part of llmq"):
         store.remove("storyteller")
+
+
+def test_the_bundled_model_is_the_one_that_is_known() -> None:
+    assert hashlib.sha256(store.BUNDLED_PATH.read_bytes()).hexdigest() == store.BUNDLED_SHA256
+
+
+def test_remove_of_a_broken_link_removes_the_link(tmp_path: Path) -> None:
+    store.make_private(store.models_dir())
+    (store.models_dir() / "lost.gguf").symlink_to(tmp_path / "nowhere")
+    assert store.installed()[1:] == []
+    store.remove("lost")
+    assert not list(store.models_dir().iterdir())
+
+
+def test_a_folder_or_a_pipe_is_no_model() -> None:
+    folder = store.make_private(store.models_dir())
+    (folder / "a.gguf").mkdir()
+    os.mkfifo(folder / "b.gguf")
+    for name in ("a", "b"):
+        with pytest.raises(UsageError, match="no model"):
+            store.remove(name)
+    assert len(list(folder.iterdir())) == 2
 
 
 def test_remove_of_a_link_keeps_what_it_points_to(tmp_path: Path) -> None:

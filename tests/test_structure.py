@@ -13,7 +13,8 @@ SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob
 # A module may import modules of a lower rank only; the longest matching prefix decides.
 RANKS = {
     "llmq": 0,
-    "llmq.errors": 1,
+    "llmq.errors": 0,
+    "llmq.files": 1,
     "llmq.store": 2,
     "llmq.catalog": 3,
     "llmq.reference": 4,
@@ -21,7 +22,8 @@ RANKS = {
     "llmq.jit": 2,
     "llmq.cores": 2,
     "llmq.gguf_header": 3,
-    "llmq.disk": 4,
+    "llmq.locks": 4,
+    "llmq.records": 3,
     "llmq.http": 4,
     "llmq.answer": 4,
     "llmq.part": 5,
@@ -30,6 +32,7 @@ RANKS = {
     "llmq.hub": 9,
     "llmq.transfer": 7,
     "llmq.ask": 8,
+    "llmq.elsewhere": 6,
     "llmq.gguf_writer": 6,
     "llmq.gguf": 7,
     "llmq.config": 8,
