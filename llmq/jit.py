@@ -8,13 +8,10 @@ a folder that belongs to the user alone. Whatever is in doubt is compiled again.
 import contextlib
 import ctypes
 import hashlib
-import os
 import platform
 import re
-import stat
 import struct
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -28,7 +25,8 @@ from numba import njit, types
 from numba.core import config
 from numba.core.ccallback import CFunc
 from numba.core.registry import cpu_target
-from platformdirs import user_cache_path
+
+from llmq.private import cache_root, is_private, open_private, write_atomically
 
 # nnan and ninf stay out: masks are -inf, and a NaN must stay one. So does reassoc: a result may not depend on what the
 # compiler finds around a sum. For the same reason what must be equal bit for bit adds products by fma, not by + and *.
@@ -192,29 +190,9 @@ def write_cached(path: Path, symbol: str, objects: bytes, bitcode: bytes) -> Non
     write_atomically(path, MAGIC + _digest(path, payload) + payload)
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a cache file under a temporary name and rename it; a full or read-only disk only means no cache."""
-    try:
-        fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=".new-")
-        try:
-            with os.fdopen(fd, "wb") as file:
-                file.write(content)
-            Path(temporary).replace(path)
-        except OSError:
-            Path(temporary).unlink(missing_ok=True)
-    except OSError:
-        return
-
-
 def _digest(path: Path, payload: bytes) -> bytes:
     """Of the name too: the code of one kernel must not pass for another's."""
     return hashlib.sha256(path.name.encode() + b"\0" + payload).digest()
-
-
-def cache_root() -> Path:
-    """Where compiled kernels are kept: $LLMQ_CACHE_DIR or the user's cache folder."""
-    configured = os.environ.get("LLMQ_CACHE_DIR")
-    return (Path(configured) if configured else user_cache_path("llmq")) / "kernels"
 
 
 _folder: list[Path | None] = []
@@ -237,15 +215,6 @@ def _open_folder() -> Path | None:
     return folder
 
 
-def open_private(folder: Path) -> Path | None:
-    """The folder, made if need be; None where it cannot be made or others can write to it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        return folder if is_private(folder) else None
-    except OSError:
-        return None
-
-
 def _remove_old(root: Path, stamp: str) -> None:
     """Keep the newest of the folders that other versions made; whatever else lies there is not ours."""
     others = [p for p in root.iterdir() if STAMP.fullmatch(p.name) and p.name != stamp and is_private(p)]
@@ -253,14 +222,6 @@ def _remove_old(root: Path, stamp: str) -> None:
         for file in old.iterdir():
             file.unlink()
         old.rmdir()
-
-
-def is_private(folder: Path) -> bool:
-    """A real folder that only this user can write to (on systems that have such owners)."""
-    info = folder.lstat()
-    if not hasattr(os, "getuid"):
-        return stat.S_ISDIR(info.st_mode)
-    return stat.S_ISDIR(info.st_mode) and info.st_uid == os.getuid() and not info.st_mode & 0o022
 
 
 def source_stamp() -> str:
