@@ -15,6 +15,7 @@ from typer.main import get_command
 from cli.bench import bench
 from cli.chat import chat
 from cli.eval import evaluate
+from cli.fit import fit
 from cli.models import list_models, rm, show
 from cli.quantize import quantize
 from cli.run import run
@@ -41,6 +42,7 @@ app.command("eval")(evaluate)
 app.command("list")(list_models)
 app.command()(show)
 app.command()(rm)
+app.command()(fit)
 app.command()(bench)
 
 

@@ -416,7 +416,9 @@ def test_the_manual_names_every_command_and_option(capsys) -> None:
 
 def test_the_readme_uses_commands_that_exist(capsys) -> None:
     readme = (ROOT / "README.md").read_text("utf-8")
-    used = re.findall(r"llmq (chat|run|quantize|eval|list|show|rm|bench)\b([^`\n]*)", readme)
-    assert {command for command, _ in used} == {"chat", "run", "quantize", "eval", "list", "show", "rm", "bench"}
+    used = re.findall(r"llmq (chat|run|quantize|eval|list|show|rm|fit|bench)\b([^`\n]*)", readme)
+    assert {command for command, _ in used} == {
+        "chat", "run", "quantize", "eval", "list", "show", "rm", "fit", "bench",
+    }  # fmt: skip
     for command, rest in used:
         assert option_names(rest.partition('"')[0]) <= option_names(llmq(capsys, command, "--help")[1])
