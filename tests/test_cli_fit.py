@@ -65,7 +65,7 @@ def test_types_by_contexts(capsys) -> None:
     # 90 % of 40 GB/s over 4.37 GB but the embedding's 0.08, and 32 layers of 20 us; 60 % of 800e9 products over 6.98e9;
     # 4096 tokens at 131,072 bytes.
     assert by_type["q4_k_m"] == ["4.4 GB", "8.33", "68.8", "ok 5.1 GB", "ok 5.7 GB", "needs 8.9 GB"]
-    assert by_type["q6_k"][3:] == ["ok 6.7 GB", "tight 7.2 GB", "needs 10.5 GB"]
+    assert by_type["q6_k"][3:] == ["ok 6.7 GB", "tight 7.3 GB", "needs 10.5 GB"]
     assert by_type["bf16"] == ["14.5 GB", "-", "-", "needs 15.3 GB", "needs 15.8 GB", "needs 19.0 GB"]
     assert last == "best for 4096 tokens is q6_k: llmq pull mistral-7b:q6_k\n"
 
