@@ -75,7 +75,7 @@ class Fit:
 
 def fit(model: Model, contexts: Contexts = None, json_output: Json = False) -> None:
     """Tell whether a model will run here, in which type and how fast."""
-    from quant.fit import best_type, here, verdicts
+    from quant.fit import best_type, here, judge_with_advice, verdicts
 
     asked = find_sizes(options.utf8(model))
     columns = choose_contexts(asked.sizes[0].config, contexts)
@@ -90,7 +90,9 @@ def fit(model: Model, contexts: Contexts = None, json_output: Json = False) -> N
     else:
         show(found)
     if not any(verdict.fits for row in table for verdict in row):
-        raise ResourceError(refusal(min((row[0] for row in table), key=lambda verdict: verdict.file_bytes)))
+        least = min(asked.sizes, key=lambda each: each.n_bytes)
+        already = round(least.n_bytes) if asked.is_there else 0
+        raise ResourceError(refusal(judge_with_advice(least, columns[0], at, already=already)))
 
 
 # ---- what is asked for
@@ -244,6 +246,8 @@ def advice(verdict: "Verdict") -> str:
     other = verdict.instead
     if other is None:
         return "free some disk space" if verdict.answer == "no disk" else "choose a smaller model"
-    if other.n_ctx != verdict.n_ctx:
-        return f"give --ctx {other.n_ctx}, which needs {size(other.memory.total)}"
-    return f"choose {other.type}, which needs {size(other.memory.total)} of memory and {size(other.file_bytes)} of disk"
+    ways = [f"choose {other.type}"] if other.type != verdict.type else []
+    ways += [f"give --ctx {other.n_ctx}"] if other.n_ctx != verdict.n_ctx else []
+    return (
+        f"{' and '.join(ways)}, which needs {size(other.memory.total)} of memory and {size(other.disk_needed)} of disk"
+    )

@@ -5,6 +5,7 @@ token over what the machine was measured to give.
 """
 
 import dataclasses
+import itertools
 import shutil
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -165,15 +166,20 @@ def judge(size: Size, n_ctx: int, at: Here, *, kv_type: str = "f16", already: in
 
 
 def judge_with_advice(size: Size, n_ctx: int, at: Here, *, kv_type: str = "f16", already: int = 0) -> Verdict:
-    """As judge(); where it does not fit, `instead` is the same type with a smaller context, or else a smaller type."""
+    """As judge(); where it does not fit, `instead` is the same type with a smaller context, or else a smaller type with
+    the same context, or with a smaller one.
+    """
     verdict = judge(size, n_ctx, at, kv_type=kv_type, already=already)
     if verdict.fits:
         return verdict
-    contexts = (judge(size, n, at, kv_type=kv_type, already=already) for n in SMALLER_CONTEXTS if n < n_ctx)
-    types = (judge(planned(size.config, kind), n_ctx, at, kv_type=kv_type) for kind in PREFERRED)
-    smaller = (other for other in types if other.file_bytes < verdict.file_bytes)
-    instead = next((other for others in (contexts, smaller) for other in others if other.fits), None)
-    return dataclasses.replace(verdict, instead=instead)
+    contexts = [n for n in SMALLER_CONTEXTS if n < n_ctx]
+    types = (planned(size.config, kind) for kind in PREFERRED)
+    smaller = [other for other in types if other.n_bytes < size.n_bytes]
+    others = itertools.chain(
+        (judge(size, n, at, kv_type=kv_type, already=already) for n in contexts),
+        (judge(other, n, at, kv_type=kv_type) for n in (n_ctx, *contexts) for other in smaller),
+    )
+    return dataclasses.replace(verdict, instead=next((other for other in others if other.fits), None))
 
 
 def verdicts(sizes: Iterable[Size], contexts: Sequence[int], at: Here, *, is_there: bool = False) -> Table:

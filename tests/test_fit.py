@@ -391,7 +391,9 @@ def test_what_fits_tightly_comes_after_all_that_fits_well() -> None:
         (5.5 * GB, 32768, "q4_k_m", ("q4_k_m", 4096)),
         (5.0 * GB, 4096, "q4_k_m", ("q4_k_m", 2048)),
         (4.4 * GB, 4096, "q4_k_m", ("q3_k_m", 4096)),
-        (3.0 * GB, 4096, "q4_k_m", None),
+        (3.3 * GB, 8192, "q4_k_m", ("q2_k", 2048)),
+        (3.0 * GB, 512, "q4_k_m", None),
+        (2.8 * GB, 4096, "q4_k_m", None),
     ],
 )
 def test_what_would_work_instead(free: float, n_ctx: int, kind: str, instead: tuple[str, int] | None) -> None:
