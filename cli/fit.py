@@ -248,6 +248,5 @@ def advice(verdict: "Verdict") -> str:
         return "free some disk space" if verdict.answer == "no disk" else "choose a smaller model"
     ways = [f"choose {other.type}"] if other.type != verdict.type else []
     ways += [f"give --ctx {other.n_ctx}"] if other.n_ctx != verdict.n_ctx else []
-    return (
-        f"{' and '.join(ways)}, which needs {size(other.memory.total)} of memory and {size(other.disk_needed)} of disk"
-    )
+    disk, memory = f"{size(other.disk_needed)} of disk", f"{size(other.memory.total)} of memory"
+    return f"{' and '.join(ways)}, which needs {disk if verdict.answer == 'no disk' else memory}"

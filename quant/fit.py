@@ -173,11 +173,10 @@ def judge_with_advice(size: Size, n_ctx: int, at: Here, *, kv_type: str = "f16",
     if verdict.fits:
         return verdict
     contexts = [n for n in SMALLER_CONTEXTS if n < n_ctx]
-    types = (planned(size.config, kind) for kind in PREFERRED)
-    smaller = [other for other in types if other.n_bytes < size.n_bytes]
+    types = [planned(size.config, kind) for kind in PREFERRED if kind != size.type]
     others = itertools.chain(
         (judge(size, n, at, kv_type=kv_type, already=already) for n in contexts),
-        (judge(other, n, at, kv_type=kv_type) for n in (n_ctx, *contexts) for other in smaller),
+        (judge(other, n, at, kv_type=kv_type) for n in (n_ctx, *contexts) for other in types),
     )
     return dataclasses.replace(verdict, instead=next((other for other in others if other.fits), None))
 

@@ -403,6 +403,16 @@ def test_what_would_work_instead(free: float, n_ctx: int, kind: str, instead: tu
     assert other is None or other.fits
 
 
+def test_the_same_type_at_the_same_context_is_no_advice() -> None:
+    """Although a plan, which has no header, is a little smaller than the file."""
+    plan = planned(MISTRAL, "q4_k_m")
+    at = dataclasses.replace(PLENTY, memory_free=judge(plan, 512, PLENTY).memory.total)
+    found = judge_with_advice(dataclasses.replace(plan, n_bytes=plan.n_bytes + 1e6), 512, at)
+    assert found.answer == NO_MEMORY
+    assert found.instead is not None
+    assert found.instead.type == "q4_k_s"
+
+
 def test_a_smaller_type_is_what_helps_a_small_disk() -> None:
     at = dataclasses.replace(PLENTY, disk_free=4 * GB)
     found = judge_with_advice(planned(MISTRAL, "q6_k"), 4096, at)
