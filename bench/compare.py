@@ -41,14 +41,14 @@ import psutil
 from table import line
 from worker import WARM_UP_TOKENS
 
-from llmq.cache import ring_bytes
 from llmq.config import read_config
 from llmq.cores import cpu_name
+from llmq.formats import F16
 from llmq.gguf import open_gguf
-from llmq.kernels.kv import F16_KV
 from llmq.kernels.probe import CHUNK
 from llmq.machine import measure_read
-from llmq.speed import work_per_token
+from llmq.memory import ring_bytes
+from llmq.work import work_per_token
 
 ROOT = Path(__file__).parents[1]
 DEPTHS = {"prefill": 0, "decode": 1, "batch": 64}
@@ -152,7 +152,7 @@ def model_facts(path: Path) -> dict[str, Any]:
             "name": config.name,
             "bytes": path.stat().st_size,
             "token_bytes": work_per_token(config, tensors).n_bytes,
-            "kv_bytes_per_position": ring_bytes(config, 1, F16_KV),
+            "kv_bytes_per_position": ring_bytes(config, 1, F16),
         }
 
 

@@ -14,14 +14,15 @@ from collections.abc import Callable
 
 import numpy as np
 
-from llmq.engine.cpu import SPARE, tile_bytes
-from llmq.engine.plan import KINDS, kernels
+from llmq.engine.cpu import SPARE
+from llmq.engine.plan import kernels
 from llmq.formats import FORMATS, Format
-from llmq.kernels.activation import GROUP_BYTES, prepare
+from llmq.kernels.activation import prepare
 from llmq.kernels.panel import PANEL_BYTES
 from llmq.kernels.probe import CHUNK
-from llmq.kernels.unpack import UNPACK
+from llmq.layout import GROUP_BYTES, activation_kind
 from llmq.machine import measure_read
+from llmq.memory import tile_bytes
 from llmq.simd import ROWS
 from llmq.team import aligned
 from quant.encode import encode
@@ -46,18 +47,18 @@ class Product:
     def __init__(self, fmt: Format, n_tokens: int) -> None:
         rng = np.random.default_rng(0)
         self.fmt, self.n_tokens, self.kernels = fmt, n_tokens, kernels(fmt)
-        self.size = GROUP_BYTES[KINDS[type(UNPACK[fmt.id])]]
+        self.size = GROUP_BYTES[activation_kind(fmt)]
         self.weights = encode(fmt, (rng.standard_normal((N_ROWS, COLS)) * 0.02).astype(np.float32))
         self.row_bytes = self.weights.shape[1]
         self.stream = np.tile(self.weights, (STREAM_BYTES // self.weights.nbytes, 1))
         x = rng.standard_normal((n_tokens, COLS)).astype(np.float32)
-        kind = KINDS[type(UNPACK[fmt.id])]
+        kind = activation_kind(fmt)
         self.batch, self.single = (aligned((COLS // 256 * n + SPARE) * self.size) for n in (n_tokens, 1))
         prepare(self.batch.ctypes.data, kind, x.ctypes.data, COLS, n_tokens)
         prepare(self.single.ctypes.data, kind, x.ctypes.data, COLS, 1)
 
     def prefill(self, thread: int, n_threads: int) -> None:
-        out, panel = aligned(tile_bytes(self.n_tokens)), aligned(PANEL_BYTES)
+        out, panel = aligned(tile_bytes(self.n_tokens, ROWS, SPARE)), aligned(PANEL_BYTES)
         for row in range(thread * ROWS, N_ROWS, ROWS * n_threads):
             at = self.weights.ctypes.data + row * self.row_bytes
             step = self.size

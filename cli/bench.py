@@ -14,9 +14,10 @@ from cli.screen import is_terminal, one_line, size, status, table
 from llmq.store import BUNDLED
 
 if TYPE_CHECKING:
-    from cli.forecast import Forecast, Size
-    from llmq.machine import Machine
+    from cli.forecast import Forecast
+    from llmq.figures import Machine
     from llmq.speed import Rate, Speed
+    from quant.size import Size
 
 Predict = Annotated[
     list[str] | None,
@@ -64,7 +65,7 @@ def bench(
     json_output: Json = False,
 ) -> None:
     """Measure how fast a model runs here, and predict others."""
-    from cli.forecast import catalog_sizes, parse_size
+    from quant.size import catalog_sizes, parse_size
 
     sizes = [parse_size(options.utf8(text)) for text in predict] if predict else catalog_sizes()
     found = measure(model, threads, sizes)

@@ -15,6 +15,7 @@ from typer.main import get_command
 from cli.bench import bench
 from cli.chat import chat
 from cli.eval import evaluate
+from cli.fit import fit
 from cli.models import list_models, show
 from cli.quantize import quantize
 from cli.run import run
@@ -46,6 +47,7 @@ app.command()(verify)
 app.command("import")(import_model)
 app.command()(rm)
 app.command()(prune)
+app.command()(fit)
 app.command()(bench)
 
 

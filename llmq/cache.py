@@ -13,9 +13,9 @@ import numpy as np
 from llmq.config import ModelConfig
 from llmq.errors import UsageError
 from llmq.kernels.kv import KVFormat
+from llmq.memory import ring_bytes, ring_capacity
 from llmq.team import aligned
 
-BLOCK = 16
 OVERREAD = 256  # attention reads whole registers past the values of small heads
 
 
@@ -27,7 +27,7 @@ class KVRing:
         self.window = window
         self.length = 0
         self._first = 0  # the oldest position that has not been overwritten
-        n_bytes = ring_bytes(config, self.capacity, kv)
+        n_bytes = ring_bytes(config, self.capacity, kv.layout)
         self.memory: np.ndarray = aligned(n_bytes + OVERREAD)[:n_bytes]
 
     @property
@@ -59,17 +59,3 @@ class KVRing:
         self.length = length
         if length == 0:
             self._first = 0
-
-
-def ring_capacity(n_ctx: int, window: int, batch: int) -> int:
-    """Slots for a context of `n_ctx` positions, of which a query sees `window` (0: all), in batches of up to `batch`.
-
-    A multiple of BLOCK.
-    """
-    needed = min(n_ctx, window + batch) if window else n_ctx
-    return -(-needed // BLOCK) * BLOCK
-
-
-def ring_bytes(config: ModelConfig, capacity: int, kv: KVFormat) -> int:
-    """Bytes of a ring of `capacity` positions: a key and a value for each layer and KV head."""
-    return 2 * config.n_layers * config.n_kv_heads * kv.row_bytes(config.head_dim) * capacity

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llmq.errors import FileFormatError, UnsupportedError
+from llmq.errors import FileFormatError, UnsupportedError, UsageError
 from llmq.formats import F32
 from llmq.gguf import GGUF, quoted
 
@@ -16,6 +16,9 @@ ARCHITECTURE = "llama"
 # Far above every known model; they keep what follows from a damaged number small.
 MAX_LAYERS, MAX_SIZE, MAX_EXPERTS, MAX_EXPERTS_USED = 1024, 2**24, 64, 8
 MAX_HEAD_DIM = 1024  # what the attention kernels have room for
+
+DEFAULT_CONTEXT = 4096
+MAX_POSITIONS = 2**31
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +160,23 @@ def _check_heads(config: ModelConfig, keys: _Keys) -> None:
             raise keys.unsupported(f"its {what} size is {size}, not a multiple of 32")
     if config.n_experts == 1:
         raise keys.unsupported("it is a mixture of one expert")
+
+
+def choose_context(config: ModelConfig, n_ctx: int | None) -> int:
+    """Positions to keep where `n_ctx` are asked for; None: the model's own, DEFAULT_CONTEXT at most without a window.
+
+    Raises UsageError for more than the model knows.
+    """
+    if n_ctx is None:
+        return config.context_length if config.window else min(config.context_length, DEFAULT_CONTEXT)
+    if not 1 <= n_ctx <= MAX_POSITIONS:
+        raise UsageError(f"the context is {n_ctx} tokens; it must be from 1 to {MAX_POSITIONS}")
+    if n_ctx > config.context_length and not config.window:
+        raise UsageError(
+            f"the context is {n_ctx} tokens, and this model was trained for {config.context_length}; "
+            "give less, or a sliding window (--window)"
+        )
+    return n_ctx
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import psutil
 
+from llmq.cgroup import cgroup_folders, read_text
+
 # What is told before a machine is measured.
 MEASURING = "measuring this machine"
 
@@ -27,7 +29,7 @@ def allowed_cpus() -> list[int]:
 def usable_cores(root: Path = Path("/")) -> int:
     """Physical cores among the allowed processors, efficient ones too, within the cgroup's quota; at least 1."""
     cpus = allowed_cpus()
-    threads = [_text(root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") for cpu in cpus]
+    threads = [read_text(root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") for cpu in cpus]
     # Processors that share a core name the same siblings.
     cores = len(set(threads)) if all(threads) else min(psutil.cpu_count(logical=False) or len(cpus), len(cpus))
     # Rounded: with a thread too many all stand still at the end of each period, with one too few half a core is lost.
@@ -36,30 +38,17 @@ def usable_cores(root: Path = Path("/")) -> int:
 
 def cgroup_quota(root: Path = Path("/")) -> float:
     """Processors' worth of time that the cgroup and those above it allow; infinite where there is no limit."""
-    quota = math.inf
-    for line in _text(root / "proc/self/cgroup").splitlines():
-        _number, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
-        if controllers == "":
-            quota = min(quota, *map(_quota_v2, _upwards(root / "sys/fs/cgroup", path)))
-        elif "cpu" in controllers.split(","):
-            quota = min(quota, *map(_quota_v1, _upwards(root / "sys/fs/cgroup" / controllers, path)))
-    return quota
-
-
-def _upwards(top: Path, path: str) -> list[Path]:
-    """The folder of a cgroup and those above it; in a container only `top` may be there."""
-    parts = [part for part in path.split("/") if part and part != ".."]
-    return [top.joinpath(*parts[:n]) for n in range(len(parts), -1, -1)]
+    v2, v1 = cgroup_folders("cpu", root)
+    return min([math.inf, *map(_quota_v2, v2), *map(_quota_v1, v1)])
 
 
 def _quota_v2(folder: Path) -> float:
-    quota, _, period = _text(folder / "cpu.max").partition(" ")
+    quota, _, period = read_text(folder / "cpu.max").partition(" ")
     return _share(quota, period)
 
 
 def _quota_v1(folder: Path) -> float:
-    return _share(_text(folder / "cpu.cfs_quota_us"), _text(folder / "cpu.cfs_period_us"))
+    return _share(read_text(folder / "cpu.cfs_quota_us"), read_text(folder / "cpu.cfs_period_us"))
 
 
 def _share(quota: str, period: str) -> float:
@@ -73,24 +62,16 @@ def last_cache_bytes(root: Path = Path("/")) -> int:
     found: dict[str, int] = {}
     for cpu in allowed_cpus():
         levels = sorted((root / f"sys/devices/system/cpu/cpu{cpu}/cache").glob("index[0-9]"))
-        size = _text(levels[-1] / "size") if levels else ""
+        size = read_text(levels[-1] / "size") if levels else ""
         if size.endswith("K") and size[:-1].isdecimal():
-            found[_text(levels[-1] / "shared_cpu_list")] = int(size[:-1]) << 10
+            found[read_text(levels[-1] / "shared_cpu_list")] = int(size[:-1]) << 10
     return sum(found.values()) or CACHE_BYTES
 
 
 def cpu_name(root: Path = Path("/")) -> str:
     """The model of the processor in its maker's words, as far as the system tells."""
-    for line in _text(root / "proc/cpuinfo").splitlines():
+    for line in read_text(root / "proc/cpuinfo").splitlines():
         key, _, value = line.partition(":")
         if key.strip() == "model name":
             return " ".join(value.split())
     return platform.processor() or platform.machine()
-
-
-def _text(path: Path) -> str:
-    """What a file of the system says, "" where there is none."""
-    try:
-        return path.read_text("utf-8", "replace").strip()
-    except OSError:
-        return ""

@@ -8,7 +8,6 @@ a folder that belongs to the user alone. Whatever is in doubt is compiled again.
 import contextlib
 import ctypes
 import hashlib
-import os
 import platform
 import re
 import struct
@@ -26,9 +25,9 @@ from numba import njit, types
 from numba.core import config
 from numba.core.ccallback import CFunc
 from numba.core.registry import cpu_target
-from platformdirs import user_cache_path
 
 from llmq.files import is_private, open_private, write_atomically
+from llmq.store import cache_root
 
 # nnan and ninf stay out: masks are -inf, and a NaN must stay one. So does reassoc: a result may not depend on what the
 # compiler finds around a sum. For the same reason what must be equal bit for bit adds products by fma, not by + and *.
@@ -197,12 +196,6 @@ def write_cached(path: Path, symbol: str, objects: bytes, bitcode: bytes) -> Non
 def _digest(path: Path, payload: bytes) -> bytes:
     """Of the name too: the code of one kernel must not pass for another's."""
     return hashlib.sha256(path.name.encode() + b"\0" + payload).digest()
-
-
-def cache_root() -> Path:
-    """Where compiled kernels are kept: $LLMQ_CACHE_DIR or the user's cache folder."""
-    configured = os.environ.get("LLMQ_CACHE_DIR")
-    return (Path(configured) if configured else user_cache_path("llmq")) / "kernels"
 
 
 _folder: list[Path | None] = []

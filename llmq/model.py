@@ -7,25 +7,23 @@ from pathlib import Path
 from types import TracebackType
 
 import numpy as np
-import psutil
 
-from llmq.cache import ring_bytes, ring_capacity
-from llmq.config import ModelConfig, check_tensors, read_config
+from llmq.config import MAX_POSITIONS, ModelConfig, check_tensors, choose_context, read_config
 from llmq.cores import allowed_cpus
-from llmq.engine.cpu import BATCH, Engine
+from llmq.engine.cpu import Engine
 from llmq.errors import FileFormatError, ResourceError, UsageError
 from llmq.generate import Generation
 from llmq.gguf import GGUF, open_gguf, quoted
 from llmq.jit import compile_log
 from llmq.kernels.kv import F16_KV, KV_FORMATS, KVFormat
+from llmq.layout import BATCH
 from llmq.machine import default_threads
+from llmq.memory import memory_free, ring_bytes, ring_capacity
 from llmq.prompt import Message, build_prompt, prompt_version
 from llmq.sampler import Sampling
 from llmq.store import resolve
 from llmq.tokenizer import Tokenizer, load_tokenizer
 
-DEFAULT_CONTEXT = 4096
-MAX_POSITIONS = 2**31
 DEFAULT_SAMPLING = Sampling()
 
 
@@ -276,7 +274,7 @@ def load(
     config = read_config(gguf)
     check_tensors(gguf, config)
     config = _with_window(config, window)
-    n_ctx = _context(config, n_ctx)
+    n_ctx = choose_context(config, n_ctx)
     kv = _kv_format(config, kv_type)
     _check_memory(config, n_ctx, kv)
     compile_log.listener = on_event
@@ -290,19 +288,6 @@ def _with_window(config: ModelConfig, window: int | None) -> ModelConfig:
     if not 0 <= window <= MAX_POSITIONS:
         raise UsageError(f"the window is {window}; give a number of tokens up to {MAX_POSITIONS}, or 0 for none")
     return dataclasses.replace(config, window=window)
-
-
-def _context(config: ModelConfig, n_ctx: int | None) -> int:
-    if n_ctx is None:
-        return config.context_length if config.window else min(config.context_length, DEFAULT_CONTEXT)
-    if not 1 <= n_ctx <= MAX_POSITIONS:
-        raise UsageError(f"the context is {n_ctx} tokens; it must be from 1 to {MAX_POSITIONS}")
-    if n_ctx > config.context_length and not config.window:
-        raise UsageError(
-            f"the context is {n_ctx} tokens, and this model was trained for {config.context_length}; "
-            "give less, or a sliding window (--window)"
-        )
-    return n_ctx
 
 
 def _threads(threads: int) -> int:
@@ -325,8 +310,8 @@ def _kv_format(config: ModelConfig, name: str) -> KVFormat:
 
 def _check_memory(config: ModelConfig, n_ctx: int, kv: KVFormat) -> None:
     """Refuse what would make the machine swap: the weights are mapped and can be dropped, the cache cannot."""
-    needed = ring_bytes(config, ring_capacity(n_ctx, config.window, BATCH), kv)
-    available = psutil.virtual_memory().available
+    needed = ring_bytes(config, ring_capacity(n_ctx, config.window, BATCH), kv.layout)
+    available = memory_free()
     if needed > available:
         raise ResourceError(
             f"a context of {n_ctx} tokens needs {needed / 2**30:.1f} GiB and {available / 2**30:.1f} GiB are free; "

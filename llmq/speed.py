@@ -4,7 +4,7 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,11 +17,12 @@ from llmq.config import ModelConfig, tensor_shapes
 from llmq.cores import last_cache_bytes
 from llmq.engine.cpu import Engine
 from llmq.errors import FileFormatError
-from llmq.formats import F32, Q4_K, Format, row_bytes
+from llmq.formats import F32, Q4_K, row_bytes
 from llmq.gguf import GGUF, TensorInfo
 from llmq.model import Model
 from llmq.sampler import NOT_NUMBERS
 from llmq.team import aligned
+from llmq.work import Work, work_per_token
 
 PREFILL, DECODE = (128, 512), 16  # tokens
 # This many runs, more where they are short, fewer where they take long.
@@ -33,14 +34,6 @@ LAYER = ModelConfig(
     rms_eps=1e-5, rope_base=1e6, rope_interleaved=True, n_experts=0, n_experts_used=0, window=0, tied_embeddings=False,
     name="7B layer",
 )  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """What one token takes: weight bytes that decode reads, and multiply-adds that prefill makes."""
-
-    n_bytes: float
-    n_products: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,19 +66,6 @@ class Speed:
     def product_rate(self) -> float:
         """10^9 multiply-adds a second, in prefill of the longest prompt."""
         return self.work.n_products * self.prefill[-1].median / 1e9
-
-
-def work_per_token(config: ModelConfig, tensors: Mapping[str, tuple[tuple[int, ...], Format]]) -> Work:
-    """Of tensors (shape and format by name): of the experts those that are used, of the embedding one row at most."""
-    n_bytes = n_products = 0.0
-    for name, (shape, fmt) in tensors.items():
-        if name == "token_embd.weight" and not config.tied_embeddings:
-            continue
-        count = math.prod(shape) * (config.n_experts_used / config.n_experts if "_exps." in name else 1)
-        n_bytes += count / fmt.block_size * fmt.block_bytes
-        # Only the last token of a prompt goes through the output matrix.
-        n_products += count if name.startswith("blk.") and len(shape) > 1 else 0
-    return Work(n_bytes, n_products)
 
 
 def measure_model(model: Model, tell: Callable[[str], None]) -> Speed:

@@ -7,7 +7,7 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-from platformdirs import user_data_path, user_state_path
+from platformdirs import user_cache_path, user_data_path, user_state_path
 
 from llmq.errors import UsageError
 
@@ -39,6 +39,12 @@ def state_dir() -> Path:
     """$LLMQ_HOME/state, or the user's state folder: what was typed, never models. It may not exist yet."""
     home = os.environ.get("LLMQ_HOME")
     return Path(home).absolute() / "state" if home else user_state_path("llmq")
+
+
+def cache_root() -> Path:
+    """Where compiled kernels are kept: $LLMQ_CACHE_DIR/kernels, or in the user's cache folder."""
+    configured = os.environ.get("LLMQ_CACHE_DIR")
+    return (Path(configured) if configured else user_cache_path("llmq")) / "kernels"
 
 
 def make_private(folder: Path) -> Path:

@@ -17,9 +17,10 @@ import numpy as np
 from llmq.cache import KVRing
 from llmq.config import ModelConfig
 from llmq.cores import usable_cores
-from llmq.engine.cpu import BATCH, Engine
+from llmq.engine.cpu import Engine
 from llmq.errors import FileFormatError, UsageError
 from llmq.gguf import GGUF, quoted
+from llmq.layout import BATCH
 from llmq.tokenizer import Tokenizer, load_tokenizer
 from quant.calibration import DEFAULT_TEXT, Calibration, Inputs
 from quant.limits import check_finite

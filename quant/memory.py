@@ -3,6 +3,7 @@
 import psutil
 
 from llmq.errors import ResourceError
+from llmq.memory import memory_free
 
 # Of a process that has compiled every encoder, and of a token in the metadata.
 BASE_BYTES = 350 << 20
@@ -11,7 +12,7 @@ TEXT_BYTES = 600
 
 def free_memory() -> int:
     """Bytes that this process may have, those it has already among them."""
-    return psutil.virtual_memory().available + psutil.Process().memory_info().rss
+    return memory_free() + psutil.Process().memory_info().rss
 
 
 def check_room(what: str, needed: int, otherwise: str = "") -> None:

@@ -11,10 +11,11 @@ import numpy as np
 
 from llmq.config import ModelConfig
 from llmq.cores import usable_cores
-from llmq.engine.cpu import BATCH, Engine
+from llmq.engine.cpu import Engine
 from llmq.errors import FileFormatError
 from llmq.formats import dequantize
 from llmq.gguf import GGUF
+from llmq.layout import BATCH
 from llmq.sampler import NOT_NUMBERS
 from quant.calibrate import rms_norm
 from quant.evaluate import log_softmax

@@ -16,10 +16,11 @@ import numpy as np
 
 from llmq.cache import KVRing
 from llmq.cores import usable_cores
-from llmq.engine.cpu import BATCH, Engine
+from llmq.engine.cpu import Engine
 from llmq.errors import FileFormatError, UsageError
 from llmq.formats import BF16, F16, F32, Q3_K, Q4_0, Format, dequantize, row_bytes
 from llmq.gguf import GGUF, quoted
+from llmq.layout import BATCH
 from llmq.sampler import NOT_NUMBERS
 from llmq.tokenizer import load_tokenizer
 from quant.calibrate import chunks_of

@@ -8,11 +8,13 @@ from conftest import Tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmq.cache import KVRing, ring_bytes
+from llmq.cache import KVRing
 from llmq.config import ModelConfig, read_config
 from llmq.errors import UsageError
+from llmq.formats import F16
 from llmq.gguf import open_gguf
 from llmq.kernels.kv import F16_KV
+from llmq.memory import ring_bytes
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +32,7 @@ def test_capacity(config: ModelConfig, n_ctx: int, window: int, batch: int, capa
     """Whole blocks; window + batch where there is a window, and never more than the context needs."""
     ring = KVRing(config, n_ctx, window, batch, F16_KV)
     assert ring.capacity == capacity
-    assert ring.memory.nbytes == ring_bytes(config, capacity, F16_KV)
+    assert ring.memory.nbytes == ring_bytes(config, capacity, F16)
     halves = capacity * config.n_layers * config.n_kv_heads * config.head_dim * 2
     assert ring.memory.nbytes == halves * np.dtype(np.float16).itemsize
     assert ring.address % 64 == 0

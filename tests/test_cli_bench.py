@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -14,12 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_catalog import PUBLISHED
 
-from cli.forecast import Size, forecast, parse_size
+from cli.forecast import forecast
 from cli.main import execute
 from llmq import machine, speed
 from llmq.errors import UsageError
-from llmq.machine import Machine
-from llmq.speed import Rate, Speed, Work
+from llmq.figures import Machine
+from llmq.speed import Rate, Speed
+from llmq.work import Work
+from quant.size import parse_size, scaled
 
 ROOT = Path(__file__).parents[1]
 MACHINE = Machine(2, {1: 20.0, 2: 40.0}, 400.0, 1.7e9)
@@ -217,9 +220,9 @@ def test_any_text_is_a_size_or_refused_in_a_sentence(text: str) -> None:
 
 
 def test_a_forecast_is_the_measured_rates_over_the_work() -> None:
-    size = Size("x", "q4_k_m", 8e9, 5e9, Work(4e9, 6e9))
+    size = replace(scaled("x", 8e9, 8e9, "q4_k_m"), n_bytes=5e9, work=Work(4e9, 6e9))
     found = forecast(size, LAYER, 10e9)
     assert (found.fits, found.prefill, found.decode) == (True, 100, 7.5)
-    large = Size("x", "q4_k_m", 8e9, 9.5e9, Work(4e9, 6e9))
+    large = replace(size, n_bytes=9.5e9)
     found = forecast(large, LAYER, 10e9)
     assert (found.fits, found.prefill, found.decode) == (False, None, None)

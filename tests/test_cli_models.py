@@ -241,7 +241,9 @@ def test_hostile_files_get_one_line_from_every_command(models, tmp_path, capsys,
     parts, error, _ = HOSTILE[name]
     path = tmp_path / "hostile.gguf"
     path.write_bytes(b"".join(parts))
-    for arguments in (["show", path], ["run", "-m", path, "hello"], ["quantize", path, "-o", tmp_path / "out.gguf"]):
+    for arguments in (
+        ["show", path], ["fit", path], ["run", "-m", path, "hello"], ["quantize", path, "-o", tmp_path / "out.gguf"],
+    ):  # fmt: skip
         code, out, err = llmq(capsys, *arguments)
         assert (code, out) == (error.exit_code, ""), err
         assert err.startswith("llmq: ")

@@ -16,8 +16,8 @@ from llmq.config import ModelConfig, check_tensors, read_config
 from llmq.engine.cpu import Engine
 from llmq.formats import BF16, F16, F32, FORMATS, Q4_0, Q4_K, Q6_K, Q8_0, Format
 from llmq.gguf import open_gguf
-from llmq.kernels.attention import PART
 from llmq.kernels.kv import F16_KV, KV_FORMATS, Q8_0_KV, KVFormat
+from llmq.layout import PART
 
 N = 520  # positions compared: more than one batch of 512, and more than three windows of 48
 

@@ -10,16 +10,16 @@ from compiled import address, aligned, compiled
 from tiny import random_rows
 
 from llmq.engine.cpu import SPARE
-from llmq.engine.plan import KINDS, kernels
+from llmq.engine.plan import kernels
 from llmq.formats import FORMATS, Format, dequantize, row_bytes
-from llmq.kernels.activation import BLOCK, FLOAT, GROUP_BYTES, SUMS, SUMS16, SUMS32, VALUES, K, prepare
+from llmq.kernels.activation import SUMS, SUMS16, SUMS32, VALUES, prepare
 from llmq.kernels.attention import QUERIES, SCRATCH_BYTES, SIZES, attend_kernel, combine_parts
-from llmq.kernels.dot import FEW
 from llmq.kernels.elementwise import rms_norm, rope, rope_angles, silu_mul
 from llmq.kernels.kv import F16_KV, Q8_0_KV, KVFormat
 from llmq.kernels.panel import PANEL_BYTES
 from llmq.kernels.router import choose_experts, group_by_expert
-from llmq.kernels.unpack import GROUP, UNPACK, group_bytes
+from llmq.kernels.unpack import GROUP, UNPACK, BlockFormat, FloatFormat, KFormat, group_bytes
+from llmq.layout import BLOCK, FEW, FLOAT, GROUP_BYTES, K, activation_kind
 from llmq.simd import ROWS, load_f32
 
 EPS = 2.0**-24  # half a unit in the last place of 1.0 in float32
@@ -28,10 +28,14 @@ each_format = pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda fmt: f
 
 
 def kind_of(fmt: Format) -> int:
-    return KINDS[type(UNPACK[fmt.id])]
+    return {FloatFormat: FLOAT, KFormat: K, BlockFormat: BLOCK}[type(UNPACK[fmt.id])]
 
 
 # ---- activations
+def test_each_format_reads_the_activations_that_its_kernels_are_made_for() -> None:
+    assert [activation_kind(fmt) for fmt in FORMATS.values()] == [kind_of(fmt) for fmt in FORMATS.values()]
+
+
 def prepared(x: np.ndarray, kind: int) -> np.ndarray:
     """Groups uint8 [n_groups, n_tokens, group bytes] of float32 rows [n_tokens, n]."""
     x = np.ascontiguousarray(x, np.float32)

@@ -12,10 +12,11 @@ from conftest import Tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmq import jit, load, machine
+from llmq import figures, jit, load, machine
 from llmq.cores import MEASURING
+from llmq.figures import DAY, Machine, choose_threads, remember, remembered
 from llmq.kernels.probe import CHUNK, READ_JOB, SUMS, WORKING_SET, read_chunks, repeat_dots
-from llmq.machine import DAY, Machine, choose_threads, default_threads, remember, remembered, thread_counts
+from llmq.machine import default_threads, thread_counts
 from llmq.team import Team
 
 
@@ -117,7 +118,7 @@ def test_a_slow_machine_is_measured_briefly(monkeypatch) -> None:
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     jit.cache_folder()  # kernels stay where they are
     monkeypatch.setenv("LLMQ_CACHE_DIR", str(tmp_path / "cache"))
-    found = machine.machines_folder()
+    found = figures.machines_folder()
     assert found == tmp_path / "cache" / "machines"
     return found
 
@@ -158,13 +159,13 @@ def test_another_machine_is_measured_itself(folder: Path, monkeypatch) -> None:
     (path,) = folder.iterdir()
     before = path.read_bytes()
     for name, value in (
-        ("cpu_name", "another processor"), ("codegen_target", ("x", "y", "z")), ("allowed_cpus", [0, 5]),
+        ("cpu_name", "another processor"), ("code_target", ("x", "y", None, None)), ("allowed_cpus", [0, 5]),
         ("cgroup_quota", 1.5),
     ):  # fmt: skip
         with monkeypatch.context() as other:
-            other.setattr(machine, name, lambda value=value: value)
+            other.setattr(figures, name, lambda value=value: value)
             assert remembered(folder, 4) is None
-            (folder / f"{machine.machine_key(4)[:20]}.json").write_bytes(before)
+            (folder / f"{figures.machine_key(4)[:20]}.json").write_bytes(before)
             assert remembered(folder, 4) is None, "the name of a file is not enough"
     assert remembered(folder, 3) is None
     assert remembered(folder, 4) is not None

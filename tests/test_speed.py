@@ -16,7 +16,8 @@ from llmq.errors import FileFormatError
 from llmq.formats import F32, Q4_K, Q6_K, Q8_0
 from llmq.gguf import open_gguf
 from llmq.kernels.kv import F16_KV
-from llmq.speed import LAYER, Rate, Speed, Work, measure_layer, measure_model, synthetic_layers, work_per_token
+from llmq.speed import LAYER, Rate, Speed, measure_layer, measure_model, synthetic_layers
+from llmq.work import Work, work_per_token
 
 
 def work_of(path: Path) -> Work:

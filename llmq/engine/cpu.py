@@ -12,25 +12,20 @@ from llmq.engine.forward import forward
 from llmq.engine.job import JOB, PHASE_BYTES, PHASES_BESIDES, PHASES_PER_LAYER
 from llmq.engine.plan import Plan, make_plan, matrix_formats
 from llmq.gguf import GGUF
-from llmq.kernels.activation import GROUP_BYTES, prepare
-from llmq.kernels.attention import HEAD_DIM_LIMIT, PART, PART_STATE, QUERIES, SCRATCH_BYTES, attend_kernel
-from llmq.kernels.dot import FEW
+from llmq.kernels.activation import prepare
+from llmq.kernels.attention import HEAD_DIM_LIMIT, QUERIES, SCRATCH_BYTES, attend_kernel
 from llmq.kernels.kv import F16_KV, KVFormat
 from llmq.kernels.panel import PANEL_BYTES
 from llmq.kernels.rows import SHARED
+from llmq.layout import BATCH, FEW, PART
+from llmq.memory import batch_room, buffer_bytes, parts_bytes, tile_bytes
 from llmq.simd import ROWS, TOKENS
 from llmq.team import Team, aligned
 
-BATCH = 512
 # Weight bytes times rows between two looks at the keyboard: about a third of a second of work on two cores.
 WORK_PER_CALL = 5e10
 # Tokens past the last that a product may read and write: it computes whole tiles.
 SPARE = max(TOKENS, SHARED[0]) - 1
-
-
-def tile_bytes(n_rows: int) -> int:
-    """Of a strip's results for `n_rows` tokens."""
-    return 4 * ROWS * (n_rows + SPARE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +156,7 @@ class Engine:
         window = int(self.plan.model["window"][0])
         first = int(max(0, positions.min() - window + 1)) // PART
         n_parts = int(positions.max()) // PART - first + 1 if len(positions) <= FEW else 1
-        n_bytes = len(positions) * self.config.n_heads * n_parts * (4 * self.config.head_dim + PART_STATE)
+        n_bytes = parts_bytes(self.config, len(positions), n_parts)
         if n_parts > 1 and n_bytes > self._memory["parts"].nbytes:
             self._memory["parts"] = aligned(2 * n_bytes)
         self._job["first_part"], self._job["n_parts"] = first, n_parts
@@ -176,11 +171,11 @@ class Engine:
         """Buffers for batches of up to `n_rows`: they grow when a longer one comes."""
         if n_rows <= self._rows:
             return
-        self._rows = n_rows = min(self.batch, 1 << (n_rows - 1).bit_length())
+        self._rows = n_rows = batch_room(n_rows, self.batch)
         for name, n_bytes in self._sizes(n_rows).items():
             self._memory[name] = aligned(n_bytes)
             self._job[name] = self._memory[name].ctypes.data
-        tile = tile_bytes(n_rows)
+        tile = tile_bytes(n_rows, ROWS, SPARE)
         self._job["tile_bytes"], self._job["panel_at"] = tile, 2 * tile
         self._job["attention_at"] = 2 * tile + PANEL_BYTES
         self._job["scratch_bytes"] = self._scratch_bytes(n_rows)
@@ -189,33 +184,11 @@ class Engine:
             self._memory["entry_weights"].view(np.float32)[:n_rows] = 1
 
     def _scratch_bytes(self, n_rows: int) -> int:
-        return 2 * tile_bytes(n_rows) + PANEL_BYTES + -(-SCRATCH_BYTES // 64) * 64
+        return 2 * tile_bytes(n_rows, ROWS, SPARE) + PANEL_BYTES + -(-SCRATCH_BYTES // 64) * 64
 
     def _sizes(self, n_rows: int) -> dict[str, int]:
-        c = self.config
-        n_used, n_experts = max(1, c.n_experts_used), max(1, c.n_experts)
-        widest = max(c.dim, c.ffn_dim, c.n_heads * c.head_dim)
-        kinds = self._kinds()
-        groups = n_rows * n_used * -(-widest // 256) + SPARE
-        return {
-            "x": 4 * n_rows * c.dim,
-            "normed": 4 * n_rows * c.dim,
-            **{f"act{kind}": groups * GROUP_BYTES[kind] * (kind in kinds) for kind in range(3)},
-            "q": 4 * n_rows * c.n_heads * c.head_dim,
-            "k": 4 * n_rows * c.n_kv_heads * c.head_dim,
-            "v": 4 * n_rows * c.n_kv_heads * c.head_dim,
-            "attended": 4 * n_rows * c.n_heads * c.head_dim,
-            "angles": 4 * n_rows * c.head_dim,
-            "hidden": 4 * n_rows * n_used * c.ffn_dim,
-            "chosen": 4 * n_rows * n_used,
-            "chosen_weights": 4 * n_rows * n_used,
-            "entries": 4 * n_rows * n_used,
-            "entry_weights": 4 * n_rows * n_used,
-            "starts": 4 * (n_experts + 1),
-            "active": 4 * (n_experts + 1),
-            "parts": 0,
-            "scratch": self.n_threads * self._scratch_bytes(n_rows),
-        }
+        scratch = self.n_threads * self._scratch_bytes(n_rows)
+        return buffer_bytes(self.config, self._kinds(), n_rows, SPARE) | {"parts": 0, "scratch": scratch}
 
     def _kinds(self) -> set[int]:
         """The kinds of activation that any matrix of this model reads."""

@@ -4,9 +4,10 @@ import numpy as np
 
 from llmq.engine.plan import LAYER, MODEL
 from llmq.jit import jit
-from llmq.kernels.activation import FLOAT, GROUP_BYTES, PREPARE_TYPES, K
-from llmq.kernels.dot import DOT_TYPES, FEW
+from llmq.kernels.activation import PREPARE_TYPES
+from llmq.kernels.dot import DOT_TYPES
 from llmq.kernels.panel import PANEL_TYPES
+from llmq.layout import FEW, FLOAT, GROUP_BYTES, K
 from llmq.simd import ROWS, call, load_f32, record_at, store_f32
 from llmq.team import fetch_add, wait_for
 

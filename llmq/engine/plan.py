@@ -13,13 +13,11 @@ from llmq.config import ModelConfig
 from llmq.formats import Format
 from llmq.gguf import GGUF
 from llmq.jit import Kernel
-from llmq.kernels.activation import BLOCK, FLOAT, K
 from llmq.kernels.dot import make_dot
 from llmq.kernels.floats import make_floats
 from llmq.kernels.panel import make_panel
-from llmq.kernels.unpack import GROUP, UNPACK, BlockFormat, FloatFormat, KFormat, group_bytes
-
-KINDS = {FloatFormat: FLOAT, KFormat: K, BlockFormat: BLOCK}
+from llmq.kernels.unpack import GROUP, UNPACK, group_bytes
+from llmq.layout import activation_kind
 
 
 def _ints(*names: str) -> list[tuple[str, Any]]:
@@ -143,7 +141,7 @@ def _matrix(gguf: GGUF, name: str) -> np.ndarray:
     matrix["address"], matrix["rows"], matrix["cols"] = _address(gguf, name), rows, cols
     matrix["row_bytes"], matrix["expert_bytes"] = row_bytes, rows * row_bytes
     matrix["n_groups"], matrix["tail_bytes"] = n_groups, row_bytes - n_groups * group_bytes(info.format)
-    matrix["kind"] = KINDS[type(UNPACK[info.format.id])]
+    matrix["kind"] = activation_kind(info.format)
     found = kernels(info.format)
     matrix["dot"], matrix["panel"] = found.dot.address, found.panel.address
     return matrix[0]

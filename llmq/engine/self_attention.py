@@ -4,9 +4,10 @@ import numpy as np
 
 from llmq.engine.job import n_blocks, product, store_tile, take, wait_until_done
 from llmq.jit import jit
-from llmq.kernels.attention import ATTEND_TYPES, PART, PART_STATE, QUERIES, combine_parts
+from llmq.kernels.attention import ATTEND_TYPES, QUERIES, combine_parts
 from llmq.kernels.elementwise import rope
 from llmq.kernels.kv import STORE_TYPES
+from llmq.layout import PART, PART_STATE
 from llmq.simd import ROWS, call, load_f32, load_i64, stack, store_f32, store_i64
 
 call_attend, call_store = call(*ATTEND_TYPES), call(*STORE_TYPES)

@@ -11,6 +11,7 @@ import numpy as np
 from numba import types
 
 from llmq.jit import jit, kernel
+from llmq.layout import FLOAT, GROUP_BYTES, K
 from llmq.simd import (
     abs_f32x16,
     add_lanes_f32x16,
@@ -32,8 +33,6 @@ from llmq.simd import (
     store_i32,
 )
 
-FLOAT, K, BLOCK = 0, 1, 2
-GROUP_BYTES = (1024, 320, 320)
 FLOAT_STEP, K_STEP, BLOCK_STEP = GROUP_BYTES
 assert K_STEP == BLOCK_STEP
 SUMS32, SUMS16, VALUES = 16, 32, 64  # offsets in K groups; q lies at VALUES in BLOCK groups too

@@ -13,6 +13,7 @@ from numba import types
 
 from llmq.jit import Kernel, jit, kernel
 from llmq.kernels.kv import F16_KV, KEYS_BLOCK, KVFormat, quantize32
+from llmq.layout import PART_STATE
 from llmq.simd import (
     BIAS,
     ISA,
@@ -52,8 +53,6 @@ from llmq.simd import (
 
 SPAN = 64  # keys scored between two looks at the running maximum
 SPAN_BYTES = 4 * SPAN
-PART = 1024  # positions of a part
-PART_STATE = 64  # bytes of a part's maximum and total, behind its sums f32 [head_dim]
 # Queries that share each loaded key and value: as many sums as the registers hold.
 QUERIES = 8 if ISA == "avx512vnni" else 4
 SIZES = (QUERIES, 4, 1)

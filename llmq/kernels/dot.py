@@ -23,8 +23,6 @@ from llmq.simd import (
     tile_sums,
 )
 
-# More tokens than this go faster by panels.
-FEW = 8
 AHEAD = 8192  # bytes: how far before its use a row is asked for from memory
 AHEAD_ROWS = 4  # the same where a few of a row's groups are met at a time: that many rows
 CACHED = 24 * 1024  # bytes of activations that stay in the first-level cache beside what streams through it

@@ -15,8 +15,10 @@ from dataclasses import dataclass
 import numpy as np
 from numba import types
 
+from llmq.formats import Format, row_bytes
 from llmq.jit import Kernel, jit, kernel
 from llmq.kernels.activation import inverse_scale, largest, quantize16
+from llmq.layout import KV_LAYOUTS
 from llmq.simd import (
     copy_bytes,
     load_f32,
@@ -67,18 +69,18 @@ def store_q8_0_kv(keys, values, slot, k, v, head_dim):
 
 @dataclass(frozen=True, slots=True)
 class KVFormat:
-    """`bits` for each value; `multiple` is what the head size has to be a multiple of."""
+    """Rows of `layout`; `multiple` is what the head size has to be a multiple of."""
 
     name: str
-    bits: float
+    layout: Format
     multiple: int
     store: Kernel
 
     def row_bytes(self, head_dim: int) -> int:
         """Bytes of one position's keys, or values, of one head."""
-        return int(head_dim * self.bits) // 8
+        return row_bytes(self.layout, head_dim)
 
 
-F16_KV = KVFormat("f16", 16, 16, kernel(*STORE_TYPES, name="store_f16_kv")(store_f16_kv))
-Q8_0_KV = KVFormat("q8_0", 8.5, 32, kernel(*STORE_TYPES, name="store_q8_0_kv")(store_q8_0_kv))
+F16_KV = KVFormat("f16", KV_LAYOUTS["f16"], 16, kernel(*STORE_TYPES, name="store_f16_kv")(store_f16_kv))
+Q8_0_KV = KVFormat("q8_0", KV_LAYOUTS["q8_0"], 32, kernel(*STORE_TYPES, name="store_q8_0_kv")(store_q8_0_kv))
 KV_FORMATS = {kv.name: kv for kv in (F16_KV, Q8_0_KV)}
