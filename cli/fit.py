@@ -101,11 +101,11 @@ def find_sizes(text: str) -> Asked:
 
     Raises UsageError for text that means no model, and what open_gguf() raises for a file.
     """
-    from llmq.catalog import catalog
+    from llmq.catalog import find_entry
     from quant.size import config_of, kind_of, parse_weights, planned, scaled, size_of_file
 
     what, colon, kind = text.partition(":")
-    entry = next((entry for entry in catalog() if entry.name == what), None)
+    entry = find_entry(what)
     weights = parse_weights(what)
     kinds = [kind_of(kind)] if colon and (entry or weights) else TYPES
     if entry:

@@ -17,6 +17,7 @@ from cli.chat import chat
 from cli.eval import evaluate
 from cli.fit import fit
 from cli.models import list_models, show
+from cli.pull import pull
 from cli.quantize import quantize
 from cli.run import run
 from cli.screen import one_line, status
@@ -38,6 +39,7 @@ app = typer.Typer(
 )
 app.command()(chat)
 app.command()(run)
+app.command()(pull)
 app.command()(quantize)
 app.command("eval")(evaluate)
 app.command("list")(list_models)

@@ -2,13 +2,18 @@
 
 import contextlib
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from cli.screen import is_terminal, note, one_line, size, status
 
 if TYPE_CHECKING:
+    from llmq.transfer import Progress
     from quant.quantize import TensorReport
+
+# Where there is no terminal, a line no more often than this.
+SECONDS_A_LINE = 10.0
 
 
 def show_reports(reports: "Iterator[TensorReport]", title: str) -> "list[TensorReport]":
@@ -70,3 +75,51 @@ def describe(report: "TensorReport") -> str:
         f"{report.format.name}, {size(report.n_bytes)}, error {report.rms_error:.2%}"
         f"{', done before' if report.resumed else ''}"
     )
+
+
+def show_transfer(events: "Iterator[Progress]", title: str) -> "Progress":
+    """The last of them. On a terminal a bar with rate and time left; elsewhere a line now and then."""
+    if is_terminal(sys.stderr):
+        return _show_bar(events, title)
+    start, told = time.monotonic(), 0.0
+    last = None
+    for last in events:
+        now = time.monotonic()
+        if last.sha256 or now - told < SECONDS_A_LINE:
+            continue
+        told = now
+        rate = (last.n_bytes - last.resumed) / max(now - start, 1e-3)
+        resumed = f", {size(last.resumed)} of it from before" if last.resumed else ""
+        trouble = f"; {one_line(last.trouble, 80)}" if last.trouble else ""
+        done = f"{size(last.n_bytes)} of {size(last.total)}{resumed}, {size(int(rate))}/s{trouble}"
+        note(f"{one_line(title, 60)}: {waiting(last) if last.holder is not None else done}")
+    assert last is not None
+    return last
+
+
+def _show_bar(events: "Iterator[Progress]", title: str) -> "Progress":
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bar
+
+    columns = (
+        TextColumn("{task.fields[title]}", markup=False),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}", markup=False),
+    )
+    last = None
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=None, title=one_line(title, 40))
+        for last in events:
+            said = waiting(last) if last.holder is not None else one_line(last.trouble, 80)
+            bar.update(task, completed=last.n_bytes, total=last.total, description=said)
+    assert last is not None
+    return last
+
+
+def waiting(event: "Progress") -> str:
+    who = f"process {event.holder}" if event.holder else "another process"
+    return f"{who} fetches this already; waiting for it"

@@ -1,6 +1,5 @@
 """Processes that compile for this one: what they deliver is used, and whatever they fail at is done here."""
 
-import json
 import os
 import signal
 import subprocess
@@ -16,9 +15,9 @@ import pytest
 from compiled import address
 from numba import types
 
-from llmq import jit
+from llmq import jit, warm
 from llmq.engine import compilers
-from llmq.engine.compilers import HELPER, compile_together, kernels_of, search_path
+from llmq.engine.compilers import compile_together, kernels_of
 from llmq.formats import F32, FORMATS, Q4_K, Q8_0
 from llmq.jit import Kernel, compile_log, kernel, read_cached
 from llmq.kernels.kv import F16_KV, Q8_0_KV
@@ -66,7 +65,7 @@ def check(toys: list[Kernel]) -> None:
 
 
 def helper_script(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
-    monkeypatch.setattr(compilers, "HELPER", code)
+    monkeypatch.setattr(warm, "PROGRAM", code.replace("{", "{{").replace("}", "}}"))
 
 
 TAKE_ONE = "import os; os.read(0, 1); "
@@ -146,7 +145,7 @@ def help_with(names: list[str], cache: Path, folder: Path) -> subprocess.Complet
     """One helper, with these of the kernels of a Q8_0 model in the queue."""
     needed = [made.name for made in kernels_of([Q8_0], F32, F16_KV)]
 
-    command = [sys.executable, "-I", "-c", HELPER, json.dumps(search_path()), "f16", "0", "8"]
+    command = warm.command("help_out", ["f16", "0", "8"])
     return subprocess.run(
         command,
         input=bytes(needed.index(name) for name in names),

@@ -34,6 +34,8 @@ RANKS = {
     "llmq.hub": 9,
     "llmq.transfer": 7,
     "llmq.ask": 8,
+    "llmq.offer": 10,
+    "llmq.warm": 4,
     "llmq.elsewhere": 6,
     "llmq.gguf_writer": 6,
     "llmq.gguf": 7,

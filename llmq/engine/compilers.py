@@ -6,13 +6,11 @@ deliver, for whatever reason, is compiled here as if there had been none.
 """
 
 import contextlib
-import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import psutil
 
@@ -25,6 +23,7 @@ from llmq.kernels.activation import prepare
 from llmq.kernels.attention import SIZES, attend_kernel
 from llmq.kernels.kv import KV_FORMATS, KVFormat
 from llmq.team import dismiss, lead, serve
+from llmq.warm import command, has_python, step_aside
 
 # The longest kernel takes a third of the work of all, so more processes than this would wait for it.
 MAX_HELPERS = 3
@@ -32,10 +31,6 @@ MAX_HELPERS = 3
 HELPER_BYTES = 2**30
 # Far more than any kernel takes: a helper that needs longer has been stopped.
 PATIENCE = 120.0
-# Isolated, and told where to look: nothing that lies in the current folder is imported.
-HELPER = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from llmq.engine.compilers import help_out; help_out()"
-)
 
 
 def kernels_of(formats: Sequence[Format], embedding: Format, kv: KVFormat) -> list[Kernel]:
@@ -79,24 +74,21 @@ def compile_together(formats: Sequence[Format], embedding: Format, kv: KVFormat)
 
 def _n_helpers(n_missing: int) -> int:
     """None without a cache to share, without a Python to start, on one core, or for a single kernel."""
-    is_python = Path(sys.executable or "").name.lower().startswith("python") and not getattr(sys, "frozen", False)
-    if n_missing < 2 or not is_python or cache_folder() is None:
+    if n_missing < 2 or not has_python() or cache_folder() is None:
         return 0
     return min(MAX_HELPERS, n_missing - 1, usable_cores() - 1, psutil.virtual_memory().available // HELPER_BYTES)
 
 
-def search_path() -> list[str]:
-    """Where a helper finds this package and what it needs: never "", which is the current folder of the moment."""
-    return [str(Path(__file__).parents[2]), *(str(entry) for entry in sys.path if entry)]
-
-
 def _start_helpers(helpers: list[subprocess.Popen[bytes]], count: int, arguments: list[str], queue: int) -> None:
     """Append to `helpers` what can be started; each is there before an interrupt could lose sight of it."""
-    command = [sys.executable, "-I", "-c", HELPER, json.dumps(search_path()), *arguments]
-    null, hidden = subprocess.DEVNULL, getattr(subprocess, "CREATE_NO_WINDOW", 0)
+    started, null, hidden = (
+        command("help_out", arguments),
+        subprocess.DEVNULL,
+        getattr(subprocess, "CREATE_NO_WINDOW", 0),
+    )
     with contextlib.suppress(OSError):
         while len(helpers) < count:
-            helpers.append(subprocess.Popen(command, stdin=queue, stdout=null, stderr=null, creationflags=hidden))
+            helpers.append(subprocess.Popen(started, stdin=queue, stdout=null, stderr=null, creationflags=hidden))
 
 
 def _take_part(needed: list[Kernel], missing: list[int], queue: int) -> None:
@@ -118,9 +110,25 @@ def _taken(queue: int) -> Iterator[int]:
 
 def help_out() -> None:
     """What a helper does: its arguments are the formats of the model, its stdin is the queue."""
+    _prepare(_asked_for(), _taken(0))
+
+
+def compile_alone() -> None:
+    """What a process does that compiles in the background: all that is missing, one after the other."""
+    step_aside()
+    needed = _asked_for()
+    if cache_folder() is not None:
+        _prepare(needed, (i for i, kernel in enumerate(needed) if not kernel.is_ready))
+
+
+def _asked_for() -> list[Kernel]:
     kv, (embedding, *formats) = KV_FORMATS[sys.argv[2]], [FORMATS[int(text)] for text in sys.argv[3:]]
-    needed, parent = kernels_of(formats, embedding, kv), os.getppid()
-    for taken in _taken(0):
+    return kernels_of(formats, embedding, kv)
+
+
+def _prepare(needed: list[Kernel], numbers: Iterator[int]) -> None:
+    parent = os.getppid()
+    for taken in numbers:
         needed[taken].prepare()
         if os.getppid() != parent:
             return  # nobody waits for the rest

@@ -1,0 +1,259 @@
+"""llmq pull: a published model into the store, verified, or one line that says why not."""
+
+import contextlib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cli import options
+from cli.progress import show_transfer
+from cli.screen import note, one_line, size
+from llmq.errors import NetworkError, UnsupportedError, UsageError
+from llmq.store import SUFFIX, make_private, model_path
+
+if TYPE_CHECKING:
+    from llmq.config import ModelConfig
+    from llmq.gguf_header import TensorInfo
+    from llmq.offer import Offer
+    from llmq.reference import Published, Repo, Url
+    from quant.size import Size
+
+DEFAULT_TYPE = "q4_k_m"
+
+
+def complete_published(incomplete: str) -> list[str]:
+    from llmq.catalog import catalog
+
+    return [entry.name for entry in catalog() if entry.name.startswith(incomplete) and not entry.unsupported]
+
+
+Wanted = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A name that `llmq list --available` shows, org/repo, either with :TYPE, an address, or a path.",
+        show_default=False,
+        autocompletion=complete_published,
+    ),
+]
+Type = Annotated[
+    str | None, typer.Option("--type", "-q", metavar="TYPE", help=f"Type of the file.  [default: {DEFAULT_TYPE}]")
+]
+Name = Annotated[
+    str | None, typer.Option("--name", metavar="NAME", help="Name in the store.  [default: the model's and its type]")
+]
+FromSource = Annotated[
+    bool, typer.Option("--from-source", help="Quantize the official weights as they arrive; they never lie on disk.")
+]
+Fast = Annotated[bool, typer.Option("--fast", help="With --from-source: search less, a little more error.")]
+Force = Annotated[bool, typer.Option("--force", help="Go on where memory or disk will not do.")]
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where a model goes: a file of the store, and what it is called there."""
+
+    name: str
+    path: Path
+
+
+def pull(
+    model: Wanted,
+    kind: Type = None,
+    name: Name = None,
+    context: options.Context = None,
+    from_source: FromSource = False,
+    fast: Fast = False,
+    force: Force = False,
+) -> None:
+    """Fetch a published model; an interrupted pull is continued by the same command."""
+    from llmq.reference import Local, Published, Url, parse_reference
+
+    wanted = parse_reference(options.utf8(model))
+    if isinstance(wanted, Local):
+        take_local(wanted.path, name, kind)
+        return
+    if isinstance(wanted, Published) and wanted.entry.unsupported:
+        raise UnsupportedError(f"llmq cannot run {wanted.entry.name} yet: {wanted.entry.unsupported}")
+    if fast and not from_source:
+        raise UsageError("--fast goes with --from-source; a file that is fetched is as it is")
+    typed = checked_type(kind or ("" if isinstance(wanted, Url) else wanted.type))
+    if from_source:
+        if isinstance(wanted, Url):
+            raise UsageError("--from-source takes a model's name or org/repo, not an address")
+        from cli.from_source import pull_from_source
+
+        pull_from_source(wanted, typed or DEFAULT_TYPE, name, context, fast=fast, force=force)
+        return
+    offer, label = find_offer(wanted, typed)
+    target = target_of(name or label)
+    if is_there(target, offer):
+        note(f"{target.name} is there already, the same as {one_line(offer.origin, 120)}")
+    elif not take_from_elsewhere(target, offer):
+        download(target, offer, context, force=force)
+    finish(target)
+
+
+def checked_type(kind: str) -> str:
+    from quant.recipe import PRESETS
+
+    if kind and kind.lower() not in PRESETS:
+        raise UsageError(f"there is no type {kind[:40]!a}; there are {', '.join(PRESETS)}")
+    return kind.lower()
+
+
+def target_of(name: str) -> Target:
+    path = model_path(name)
+    make_private(path.parent)
+    return Target(name, path)
+
+
+def finish(target: Target) -> None:
+    note(f"talk to it: llmq chat {target.name}")
+    sys.stdout.write(f"{one_line(str(target.path), 4096)}\n")
+
+
+# ---- what is on offer
+def find_offer(wanted: "Published | Repo | Url", kind: str) -> "tuple[Offer, str]":
+    """The file to fetch, and a name for it. Asks the hub."""
+    from llmq.hub import snapshot
+    from llmq.offer import choose, offer_at, offer_of, store_name
+    from llmq.reference import Published, Url
+
+    if isinstance(wanted, Url):
+        offer = offer_at(wanted)
+        return offer, store_name(offer.file.removesuffix(SUFFIX))
+    if isinstance(wanted, Published):
+        return published_offer(wanted, kind)
+    found = snapshot(wanted.repo, wanted.revision)
+    if wanted.file:
+        file = found.files.get(wanted.file)
+        if not file:
+            raise NetworkError(f"{wanted.repo} has no file {one_line(wanted.file, 80)!a}; check the name")
+        offer = offer_of(found, file)
+    else:
+        offer = choose(found, [kind or DEFAULT_TYPE], exact=bool(kind))
+    stem = Path(offer.file).name.removesuffix(SUFFIX)
+    return offer, store_name(stem)
+
+
+def published_offer(wanted: "Published", kind: str) -> "tuple[Offer, str]":
+    from llmq.hub import snapshot
+    from llmq.offer import choose, store_name
+
+    entry = wanted.entry
+    if not entry.gguf:
+        raise UsageError(f"no ready file of {entry.name} is known; `llmq pull {entry.name} --from-source` makes one")
+    offer = choose(snapshot(entry.gguf), [kind or DEFAULT_TYPE], exact=True)
+    return offer, store_name(entry.name, offer.type)
+
+
+# ---- what is there
+def is_there(target: Target, offer: "Offer") -> bool:
+    """Whether the store has this very file. One that was changed, or that nothing is known of, is read again."""
+    from llmq.files import sha256_of
+    from llmq.records import current_record, write_record
+
+    remote = offer.remote
+    if not target.path.is_file() or target.path.stat().st_size != remote.n_bytes:
+        return False
+    record = current_record(target.path)
+    if not remote.sha256:
+        return record is not None and record.origin == offer.origin
+    if record:
+        return record.sha256 == remote.sha256
+    if sha256_of(target.path) != remote.sha256:
+        return False
+    write_record(target.path, remote.sha256, offer.origin)
+    return True
+
+
+def take_from_elsewhere(target: Target, offer: "Offer") -> bool:
+    """Links or copies the file where another program has it."""
+    from cli.progress import show_bytes
+    from llmq.elsewhere import find_by_sha256, link_or_copy
+    from llmq.records import drop_record, write_record
+
+    remote = offer.remote
+    if not remote.sha256:
+        return False
+    with show_bytes("looking elsewhere", remote.n_bytes) as on_bytes:
+        source = find_by_sha256(remote.sha256, remote.n_bytes, on_bytes)
+    if not source:
+        return False
+    drop_record(target.path)
+    how = link_or_copy(source, target.path, remote.sha256, replace=True)
+    write_record(target.path, remote.sha256, offer.origin)
+    note(f"{how} from {one_line(str(source), 200)}; nothing had to be fetched")
+    return True
+
+
+def take_local(path: Path, name: str | None, kind: str | None) -> None:
+    """A file is imported, a folder quantized."""
+    from cli.quantize import quantize
+    from cli.store import import_model
+
+    if path.is_dir():
+        quantize(path, model_path(name) if name else None, kind or DEFAULT_TYPE)
+    elif kind:
+        raise UsageError(
+            "--type goes with what is fetched or a checkpoint folder; `llmq quantize` changes a file's type"
+        )
+    else:
+        import_model(str(path), name or "")
+
+
+# ---- fetching
+def download(target: Target, offer: "Offer", context: int | None, *, force: bool) -> None:
+    """Fetches what is judged to work here, and compiles for it meanwhile."""
+    from cli.fit import check_fit, judge_download
+    from llmq.offer import peek
+    from llmq.part import part_paths
+    from llmq.records import drop_record, write_record
+    from llmq.transfer import fetch
+
+    if target.path.exists():
+        note(f"{target.name} is replaced when the new one is there: it differs from {one_line(offer.origin, 120)}")
+    metadata, tensors = peek(offer)
+    config = check_runs(offer, metadata, tensors)
+    part = part_paths(target.path)[0]
+    already = part.stat().st_blocks * 512 if part.is_file() and hasattr(part.stat(), "st_blocks") else 0
+    check_fit(judge_download(sized(offer, config, tensors), context, target.path.parent, already), force)
+    with warm(tensors):
+        done = show_transfer(fetch(offer.remote, target.path), target.name)
+    drop_record(target.path)
+    write_record(target.path, done.sha256, offer.origin)
+    vouched = "its sha256 is what was announced" if offer.remote.sha256 else "nobody announced its sha256"
+    note(f"{size(done.total)} of {one_line(offer.origin, 120)}; {vouched}")
+
+
+def check_runs(offer: "Offer", metadata: "dict[str, object]", tensors: "dict[str, TensorInfo]") -> "ModelConfig":
+    """Refuses what could not be run, before it is fetched."""
+    from llmq.config import check_tensors, read_config
+    from llmq.gguf import GGUF
+    from llmq.tokenizer import load_tokenizer
+
+    header = GGUF(Path(offer.file), metadata, tensors, None)
+    config = read_config(header)
+    check_tensors(header, config)
+    load_tokenizer(metadata)
+    return config
+
+
+def sized(offer: "Offer", config: "ModelConfig", tensors: "dict[str, TensorInfo]") -> "Size":
+    from quant.size import size_of
+
+    shapes = {name: (info.shape, info.format) for name, info in tensors.items()}
+    return size_of(config, offer.type or "it is", shapes, offer.remote.n_bytes)
+
+
+def warm(tensors: "dict[str, TensorInfo]") -> contextlib.AbstractContextManager[None]:
+    """Kernels for the formats of these tensors, compiled while the network is busy."""
+    from llmq.warm import warming
+
+    embedding = tensors["token_embd.weight"].format
+    matrices = [info.format for name, info in tensors.items() if len(info.shape) > 1 and "_gate_inp" not in name]
+    return warming(list(dict.fromkeys(matrices)), embedding, "f16")
