@@ -89,7 +89,7 @@ def choose_mix(
 
     source = open_source(path)
     remark = f"types chosen to fit {budget.goal}, by sensitivity on {words.name}"
-    n_bytes = bytes_for_matrices(path, source, budget, knowledge, overrides, remark, fast=fast)
+    n_bytes = bytes_for_matrices(source, budget, knowledge, overrides, remark, fast=fast)
     check_budget(source, n_bytes, overrides)
     found = sensitivities(path, words.text, tell=show_sensitivity)
     mix = best_mix(source, found, n_bytes, guides=knowledge.guides, overrides=overrides, fast=fast, tell=show_choosing)
@@ -100,7 +100,6 @@ def choose_mix(
 
 
 def bytes_for_matrices(
-    path: Path,
     source: "Source",
     budget: Budget,
     knowledge: "Knowledge",
@@ -118,7 +117,7 @@ def bytes_for_matrices(
 
     def metadata(preset: str, *more: str) -> "dict[str, Any]":
         words = settings(fast, overrides, [*knowledge.remarks, *more])
-        return file_metadata(source, path, preset, words, knowledge.sha256, mixed=bool(more))
+        return file_metadata(source, preset, words, knowledge.sha256, mixed=bool(more))
 
     if budget.bits is not None:
         return budget_of_bits(source, budget.bits)

@@ -84,9 +84,7 @@ def pull(
     if from_source:
         if isinstance(wanted, Url):
             raise UsageError("--from-source takes a model's name or org/repo, not an address")
-        from cli.from_source import pull_from_source
-
-        pull_from_source(wanted, typed or DEFAULT_TYPE, name, context, fast=fast, force=force)
+        finish(make_from_source(wanted, typed or DEFAULT_TYPE, name, context, fast=fast, force=force))
         return
     offer, label = find_offer(wanted, typed)
     target = target_of(name or label)
@@ -149,6 +147,21 @@ def published_offer(wanted: "Published", kind: str) -> "tuple[Offer, str]":
         raise UsageError(f"no ready file of {entry.name} is known; `llmq pull {entry.name} --from-source` makes one")
     offer = choose(snapshot(entry.gguf), [kind or DEFAULT_TYPE], exact=True)
     return offer, store_name(entry.name, offer.type)
+
+
+def make_from_source(
+    wanted: "Published | Repo", kind: str, name: str | None, context: int | None, *, fast: bool, force: bool
+) -> Target:
+    from cli.from_source import quantize_published
+    from llmq.hub import snapshot
+    from llmq.offer import store_name
+    from llmq.reference import Published
+
+    found = snapshot(wanted.entry.repo) if isinstance(wanted, Published) else snapshot(wanted.repo, wanted.revision)
+    label = wanted.entry.name if isinstance(wanted, Published) else found.repo.rpartition("/")[2]
+    target = target_of(name or store_name(label, kind))
+    quantize_published(found, target.path, kind, context, fast=fast, force=force)
+    return target
 
 
 # ---- what is there

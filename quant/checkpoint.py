@@ -1,6 +1,7 @@
 """A Hugging Face checkpoint folder: its configuration and its tensors, nothing of it executed or unpickled."""
 
 import mmap
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,19 +36,22 @@ class Checkpoint:
             drop_pages(mapped)
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
-    """Reads configurations and headers, and maps the weights.
+def open_checkpoint(folder: Path, elsewhere: Callable[[str], dict[str, Stored]] | None = None) -> Checkpoint:
+    """Reads configurations and headers, and maps the weights, or asks for the tensors of each file `elsewhere`.
 
     Raises FileFormatError where something is missing or damaged, UnsupportedError for pickles and other layouts.
     """
-    shards = _shards(folder)
+    shards = {SINGLE: None} if elsewhere and not (folder / INDEX).exists() else _shards(folder)
     files, maps = [], []
     tensors: dict[str, Stored] = {}
     for shard, expected in shards.items():
-        path = locate(folder, shard)
-        mapped, found = open_safetensors(path)
-        files.append(path)
-        maps.append(mapped)
+        if elsewhere:
+            found = elsewhere(shard)
+        else:
+            path = locate(folder, shard)
+            mapped, found = open_safetensors(path)
+            files.append(path)
+            maps.append(mapped)
         _check_shard(shard, expected, found)
         tensors |= found
     optional = [name for name in (TOKENIZER_CONFIG, ADDED_TOKENS) if (folder / name).exists()]

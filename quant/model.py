@@ -13,6 +13,7 @@ from quant.checkpoint import open_checkpoint
 from quant.names import Placement, model_metadata, read_hf_config, tensor_map
 from quant.names import check_tensors as check_checkpoint
 from quant.safetensors import Stored, to_float32
+from quant.source import model_name
 from quant.vocab import vocab_metadata
 
 FORMATS = {fmt.name: fmt for fmt in (F32, F16, BF16)}
@@ -56,8 +57,7 @@ class CheckpointFile(GGUF):
 
     def __init__(self, folder: Path) -> None:
         checkpoint = open_checkpoint(folder)
-        name = folder.resolve().name.encode(errors="replace").decode()
-        config = read_hf_config(checkpoint.config, name)
+        config = read_hf_config(checkpoint.config, model_name(folder))
         entries = list(tensor_map(config))
         check_checkpoint(entries, config, checkpoint.tensors)
         vocab, _path = vocab_metadata(checkpoint, config.vocab_size)
@@ -114,5 +114,6 @@ def _info(entry: Placement, parts: list[Stored]) -> TensorInfo:
 
 def _packed(part: Stored, fmt: Format) -> np.ndarray:
     """One tensor's rows, uint8 [*shape[:-1], row_bytes]: a view where it has the format already, else F32."""
+    assert isinstance(part.data, np.ndarray), "a stream passes only once"
     values = part.data if part.dtype == fmt.name else to_float32(part.dtype, part.data)
     return values.view(np.uint8)

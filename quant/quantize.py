@@ -1,5 +1,6 @@
 """The quantizer: every tensor of a source, a few rows at a time, through recipe and encoder into one GGUF file."""
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -26,7 +27,7 @@ from quant.outputs import check_outputs
 from quant.pieces import Piece, Tally, TensorReport, pieces_of
 from quant.receipt import PREFIX, measured, receipt, row_digests, settings
 from quant.recipe import PRESETS, Override, assign, takes_type
-from quant.source import Source, in_layer_order, open_source
+from quant.source import DamagedStreamError, Source, in_layer_order, open_source
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -64,7 +65,7 @@ class _Encoded:
 
 
 def quantize(
-    src: Path,
+    src: Path | Source,
     out: Path,
     preset: str,
     *,
@@ -76,7 +77,8 @@ def quantize(
     fast: bool = False,
     mix: Mapping[str, Format] | None = None,
 ) -> Iterator[TensorReport]:
-    """Write `src`, a checkpoint folder or a GGUF file, as the GGUF file `out`; yields a report after each tensor.
+    """Write `src`, a checkpoint folder, a GGUF file or what was opened, as the GGUF file `out`; yields a report after
+    each tensor.
 
     `out` appears, complete, when the iterator is exhausted. Where it is closed early, or the process dies, what was
     finished stays in `<out>.part`, and the next call of the same kind goes on from there; an error of the source
@@ -92,7 +94,8 @@ def quantize(
     """
     if preset not in PRESETS:
         raise UsageError(f"there is no type {quoted(preset)}; choose from {', '.join(PRESETS)}")
-    source = open_source(src)
+    source = open_source(src) if isinstance(src, Path) else src
+    assert not source.course or guides is no_guide, "guides come in the order of layers"
     check_outputs([out], source.files)
     tensors = in_layer_order(source.weights)
     shapes = {weights.name: weights.shape for weights in tensors}
@@ -100,34 +103,34 @@ def quantize(
     formats |= mix or {}
     specs = [TensorSpec(weights.name, weights.shape, formats[weights.name]) for weights in tensors]
     words = settings(fast, overrides, remarks)
-    metadata = file_metadata(source, src, preset, words, guided_by, mixed=mix is not None)
+    metadata = file_metadata(source, preset, words, guided_by, mixed=mix is not None)
     n_threads = threads or _available()
     check_memory(source, n_threads)
     job = _job(source, preset, guided_by, str(fast))
     pieces = [piece for weights, spec in zip(tensors, specs, strict=True) for piece in pieces_of(weights, spec)]
-    with ThreadPoolExecutor(n_threads) as pool, GGUFWriter(out, metadata, specs, job) as writer:
+    if course := source.course:
+        pieces.sort(key=lambda piece: course.place(piece.spec.name, piece.expert))
+    ending = contextlib.closing(source.course) if source.course else contextlib.nullcontext()
+    with ThreadPoolExecutor(n_threads) as pool, GGUFWriter(out, metadata, specs, job) as writer, ending:
         run = functools.partial(in_order, pool, _encode, ahead=2 * n_threads)
-        notes = yield from _write(pieces, writer, run, guides, FAST if fast else ROUNDS, source.release)
+        notes = yield from _write(pieces, writer, run, guides, FAST if fast else ROUNDS, source)
         for key, value in measured(specs, [notes[spec.name] for spec in specs]).items():
             writer.amend(key, value)
 
 
-def file_metadata(
-    source: Source, src: Path, preset: str, words: str, guided_by: str, *, mixed: bool = False
-) -> dict[str, Any]:
+def file_metadata(source: Source, preset: str, words: str, guided_by: str, *, mixed: bool = False) -> dict[str, Any]:
     """What the file begins with; `words` are what settings() gives; of a `mixed` one only the size is the preset's."""
     kept = {key: value for key, value in source.metadata.items() if not key.startswith(PREFIX)}
     return kept | {
         "general.file_type": PRESETS[preset].file_type,
         "general.quantization_version": QUANTIZATION_VERSION,
-        **receipt(src, f"mix near {preset}" if mixed else preset, words, guided_by),
+        **receipt(source.name, source.revision, f"mix near {preset}" if mixed else preset, words, guided_by),
     }
 
 
 def _job(source: Source, *settings: str) -> str:
     """All that the data depends on: the files read, as far as their dates tell, what was asked for, and this code."""
-    files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in source.files]
-    return json.dumps([files, settings, CHUNK, source_stamp()])
+    return json.dumps([source.identity, settings, CHUNK, source_stamp()])
 
 
 def _write(
@@ -136,40 +139,51 @@ def _write(
     run: Callable[[Iterator[_Chunk]], Iterator[_Encoded]],
     guides: Guides,
     rounds: int,
-    release: Callable[[], None],
+    source: Source,
 ) -> Generator[TensorReport, None, dict[str, Note]]:
     """Returns what was noted of each tensor: what the receipt is made of."""
-    tally = Tally(pieces)
+    tally, course, kept = Tally(pieces), source.course, ""
     for piece in pieces:
         start, n_bytes = piece.place
         writer.turn_to(piece.spec.name, start)
         note = writer.take_over(n_bytes)
         if note is None:
             break
+        kept = note.get("kept", "")
         yield from tally.add(piece, note, resumed=True)
     left = pieces[tally.n_pieces :]
+    if course and left:
+        course.begin(left[0].spec.name, left[0].expert, kept)
     # Made as they are asked for: guides of a later layer come from running the model that far.
     results = run(chunk for piece in left for chunk in _chunks(piece, guides, rounds))
     for piece in left:
         writer.turn_to(piece.spec.name, piece.place[0])
-        note = _write_piece(piece, writer, results, release)
+        note = _write_piece(piece, writer, results, source)
+        if course:
+            try:
+                note["kept"] = course.end(piece.spec.name, piece.expert)
+            except DamagedStreamError as error:
+                writer.keep(sum(course.place(each.spec.name, each.expert) < (error.shard, 0) for each in pieces))
+                raise
         writer.record(note)
         yield from tally.add(piece, note, resumed=False)
     return tally.notes
 
 
-def _write_piece(piece: Piece, writer: GGUFWriter, results: Iterator[_Encoded], release: Callable[[], None]) -> Note:
+def _write_piece(piece: Piece, writer: GGUFWriter, results: Iterator[_Encoded], source: Source) -> Note:
     error = size = 0.0
     n_measured, digest = 0, hashlib.sha256()
-    for number, _ in enumerate(_starts(piece), 1):
+    for number, (_, stop) in enumerate(_starts(piece), 1):
         result = next(results)
+        if source.course:
+            source.course.passed(piece.spec.name, stop)
         writer.write(piece.spec.name, result.packed)
         error += result.squared_error
         size += result.squared_size
         n_measured += result.n_measured
         digest.update(result.digests)
         if number % RELEASED_CHUNKS == 0:
-            release()
+            source.release()
     whole = (piece.stop - piece.start) * piece.spec.shape[-1] / n_measured
     return {"squared_error": error * whole, "squared_size": size * whole, "sha256": digest.hexdigest()}
 

@@ -5,9 +5,7 @@ Without times, paths and machines, which would make equal files differ.
 
 import hashlib
 import math
-import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,16 +17,13 @@ from quant.recipe import Override
 
 PREFIX = "llmq."
 SOURCE, SOURCE_SHA256, TYPE, RMS_ERROR = "llmq.source", "llmq.source_sha256", "llmq.type", "llmq.rms_error"
-COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-def receipt(src: Path, preset: str, settings: str, calibration_sha256: str) -> dict[str, Any]:
-    """The keys of a file that is to be made of `src`, those that are measured on the way with a value of their size.
+def receipt(source: str, revision: str, preset: str, settings: str, calibration_sha256: str) -> dict[str, Any]:
+    """The keys of a file that is to be made of `source`, those that are measured on the way with a value of their size.
 
-    `llmq.source` is the name of a file or folder, or of the repository whose snapshot a Hugging Face cache keeps there;
-    `llmq.source_revision` is that snapshot's.
+    `llmq.source` is the name of a file or folder, or of a repository, whose commit is `llmq.source_revision`.
     """
-    source, revision = _origin(src)
     keys = {
         "llmq.version": __version__,
         SOURCE: source,
@@ -103,17 +98,6 @@ def describe(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _sha256(digest: str) -> str:
     return f"sha256 {digest}" if digest else ""
-
-
-def _origin(src: Path) -> tuple[str, str]:
-    """Name and revision; a cache's folders are called models--OWNER--NAME/snapshots/REVISION."""
-    is_folder = src.is_dir()
-    place = src.resolve() if is_folder else src.absolute()
-    folder = place if is_folder else place.parent
-    if not COMMIT.fullmatch(folder.name) or folder.parent.name != "snapshots":
-        return place.name, ""
-    repository = folder.parent.parent.name.removeprefix("models--").replace("--", "/")
-    return repository if is_folder else place.name, folder.name
 
 
 def _valid(text: str) -> str:

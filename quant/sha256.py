@@ -88,23 +88,23 @@ def compress(state, data, n_blocks, rounds):  # type: ignore[no-untyped-def]
 
 
 class Sha256:
-    """Of all that update() was given, as `hashlib.sha256` has it; `kept` is what another one can go on from."""
+    """Of the `n_bytes` that update() was given, as `hashlib.sha256` has it; from `kept` another one can go on."""
 
     def __init__(self, kept: str = "") -> None:
         if not kept:
-            self._state, self._rest, self._n_bytes = np.array(START, np.uint32), b"", 0
+            self._state, self._rest, self.n_bytes = np.array(START, np.uint32), b"", 0
             return
         state, rest, n_bytes = kept.split(":")
         self._state, self._rest = np.array([int(word, 16) for word in state.split(",")], np.uint32), bytes.fromhex(rest)
-        self._n_bytes = int(n_bytes)
+        self.n_bytes = int(n_bytes)
 
     @property
     def kept(self) -> str:
         words = ",".join(f"{word:x}" for word in self._state)
-        return f"{words}:{self._rest.hex()}:{self._n_bytes}"
+        return f"{words}:{self._rest.hex()}:{self.n_bytes}"
 
     def update(self, data: bytes | bytearray | memoryview) -> None:
-        self._n_bytes += len(data)
+        self.n_bytes += len(data)
         view = memoryview(data)
         if self._rest:
             missing = BLOCK - len(self._rest)
@@ -119,8 +119,8 @@ class Sha256:
     def hexdigest(self) -> str:
         """The same until more comes."""
         last = Sha256(self.kept)
-        n_bits = 8 * self._n_bytes
-        last.update(b"\x80" + bytes(-(self._n_bytes + 9) % BLOCK) + n_bits.to_bytes(8, "big"))
+        n_bits = 8 * self.n_bytes
+        last.update(b"\x80" + bytes(-(self.n_bytes + 9) % BLOCK) + n_bits.to_bytes(8, "big"))
         return "".join(f"{word:08x}" for word in last._state)
 
     def _take(self, blocks: np.ndarray) -> None:
