@@ -18,6 +18,8 @@ SUFFIX = ".gguf"
 
 # A name becomes a file name: no separators, no leading dot or dash, nothing that a terminal could act on.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+# What ends the name of a model in a type, as `llmq pull` and `llmq quantize` give them.
+TYPED = re.compile(r"(.+)[-.](i?q[1-8](?:_[a-z0-9]+)*|bf16|f16|f32)$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +68,8 @@ def model_path(name: str) -> Path:
 def resolve(name_or_path: str | os.PathLike[str]) -> Path:
     """The file meant by a name in the store, the bundled model's name, or a path to a .gguf file.
 
-    UsageError where there is no such model, and what to do instead.
+    A name may leave away the type that ends it, or give it behind a colon: mistral-7b and mistral-7b:q4_k_m are both
+    mistral-7b-q4_k_m. UsageError where there is no such model, or several, and what to do instead.
     """
     text = os.fspath(name_or_path)
     if not text:
@@ -84,7 +87,19 @@ def resolve(name_or_path: str | os.PathLike[str]) -> Path:
         return path
     if is_path:
         raise UsageError(f"there is no file {text[:120]!a}; check the path, or see `llmq list`")
-    raise UsageError(_unknown(text))
+    found = _by_type(text)
+    if len(found) > 1:
+        raise UsageError(f"{text[:70]!a} is here as {' and '.join(found)}; say which")
+    if not found:
+        raise UsageError(_unknown(text))
+    return model_path(found[0])
+
+
+def _by_type(text: str) -> list[str]:
+    """Names in the store that are this one and a type behind it."""
+    name, colon, kind = text.lower().partition(":")
+    found = [(entry.name, TYPED.fullmatch(entry.name.lower())) for entry in installed()]
+    return [each for each, match in found if match and match[1] == name and (not colon or match[2] == kind)]
 
 
 def _mode(path: Path) -> int:
@@ -97,7 +112,7 @@ def _mode(path: Path) -> int:
 
 def _unknown(name: str) -> str:
     near = difflib.get_close_matches(name, [entry.name for entry in installed()], n=1)
-    hint = f"did you mean {near[0]}?" if near else "`llmq list` shows what is installed"
+    hint = f"did you mean {near[0]}?" if near else "`llmq list` shows what is installed, and `llmq pull` fetches more"
     return f"no model is named {name[:70]!a}; {hint}"
 
 

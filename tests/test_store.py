@@ -152,3 +152,18 @@ def test_remove_of_a_link_keeps_what_it_points_to(tmp_path: Path) -> None:
     store.remove("linked")
     assert real.exists()
     assert not (store.models_dir() / "linked.gguf").is_symlink()
+
+
+def test_a_name_may_leave_the_type_away() -> None:
+    short, other = put("mistral-7b-q4_k_m"), put("mistral-7b-v0.2-q4_k_m")
+    assert store.resolve("mistral-7b") == store.resolve("Mistral-7B:Q4_K_M") == short
+    assert store.resolve("mistral-7b-v0.2") == other
+    for unknown in ("mistral", "mistral-7b:q5_k_m", "mistral-7b-q4", "mistral-7b:", "mistral-7b:m", ":q4_k_m"):
+        with pytest.raises(UsageError, match="no model is named"):
+            store.resolve(unknown)
+    put("mistral-7b-iq4_xs")
+    with pytest.raises(UsageError, match="is here as mistral-7b-iq4_xs and mistral-7b-q4_k_m; say which"):
+        store.resolve("mistral-7b")
+    assert store.resolve("mistral-7b:q4_k_m") == short
+    exact = put("mistral-7b")
+    assert store.resolve("mistral-7b") == exact
