@@ -56,7 +56,10 @@ def retry_after(text: str) -> float:
     if text.isdecimal():
         return float(text[:6])
     date = email.utils.parsedate_tz(text)
-    return max(0.0, email.utils.mktime_tz(date) - time.time()) if date else 0.0
+    try:
+        return max(0.0, email.utils.mktime_tz(date) - time.time()) if date else 0.0
+    except (ValueError, OverflowError):  # a year that no calendar has
+        return 0.0
 
 
 def reason(error: Exception) -> str:
