@@ -45,6 +45,9 @@ class Line:
     def __init__(self, idle_seconds: float) -> None:
         self._idle = idle_seconds
         self._connection: http.client.HTTPConnection | None = None
+        # A connection lets go of these when the server says that it will close.
+        self._socket: socket.socket | None = None
+        self._response: http.client.HTTPResponse | None = None
         self._host: tuple[str, str] = ("", "")
         self._aborted = False
 
@@ -62,26 +65,27 @@ class Line:
             response = self._ask(parts, headers)
             if response.status not in REDIRECTS:
                 return response, url
-            target = urljoin(url, response.headers.get("Location", ""))
             # Not read: its body is nothing that anybody wants.
             self.close()
-            if parts.scheme == "https" and urlsplit(target).scheme != "https":
+            url = joined(url, response.headers.get("Location", ""))
+            if parts.scheme == "https" and urlsplit(url).scheme != "https":
                 raise NetworkError(f"{host_of(parts)} sends on to a connection without encryption; not followed")
-            url = target
         raise NetworkError(f"{host_of(home)} sends from one address to the next without end; try again later")
 
     def abort(self) -> None:
         """Ends what the connection waits for; from any thread, for good."""
         self._aborted = True
-        sock = self._connection.sock if self._connection else None
-        if sock:
+        if self._socket:
             with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
+                # Of the plain socket: an encrypted one would go on as a plain one, and take what comes as it is.
+                socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
 
     def close(self) -> None:
+        if self._response:
+            self._response.close()
         if self._connection:
             self._connection.close()
-        self._connection = None
+        self._connection = self._socket = self._response = None
 
     def _ask(self, parts: SplitResult, headers: dict[str, str]) -> http.client.HTTPResponse:
         host = (parts.scheme, parts.netloc)
@@ -106,6 +110,7 @@ class Line:
             connection.timeout = CONNECT_SECONDS
             connection.connect()
             connection.sock.settimeout(self._idle)
+        self._socket = connection.sock
         if self._aborted:
             raise TimeoutError("given up")
         path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
@@ -113,7 +118,8 @@ class Line:
             path = parts._replace(fragment="").geturl()
             headers = headers | proxy_headers(proxy_of(parts))
         connection.request("GET", path, headers=headers)
-        return connection.getresponse()
+        self._response = connection.getresponse()
+        return self._response
 
 
 def checked(url: str) -> SplitResult:
@@ -126,6 +132,16 @@ def checked(url: str) -> SplitResult:
     if not known or not url.isascii() or any(c <= " " or c == "\x7f" for c in url):
         raise NetworkError(f"{quoted(url)} is not an address that llmq can fetch from")
     return parts
+
+
+def joined(url: str, location: str) -> str:
+    """Where a redirect leads. NetworkError where that is no address."""
+    try:
+        return urljoin(url, location)
+    except ValueError:
+        raise NetworkError(
+            f"{host_of(urlsplit(url))} sends on to {quoted(location)}, which is not an address"
+        ) from None
 
 
 def host_of(parts: SplitResult) -> str:
