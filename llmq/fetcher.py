@@ -144,17 +144,19 @@ class Fetcher:
         worker, tries, arrivals = Worker(Line(self._limits.idle_seconds)), 0, -1
         with self.changed:
             self._workers.append(worker)
-        while span := self._take():
-            try:
-                self._fetch(worker, *span)
-            except (RetryError, *BROKEN) as error:
-                worker.line.close()
-                with self.changed:
-                    tries = tries + 1 if self._arrivals == arrivals else 1
-                    arrivals = self._arrivals
-                    worker.line, worker.since = Line(self._limits.idle_seconds), 0.0
-                self._pause(error, tries)
-        worker.line.close()
+        try:
+            while span := self._take():
+                try:
+                    self._fetch(worker, *span)
+                except (RetryError, *BROKEN) as error:
+                    worker.line.close()
+                    with self.changed:
+                        tries = tries + 1 if self._arrivals == arrivals else 1
+                        arrivals = self._arrivals
+                        worker.line, worker.since = Line(self._limits.idle_seconds), 0.0
+                    self._pause(error, tries)
+        finally:
+            worker.line.close()
 
     def _take(self) -> tuple[int, int] | None:
         """The next span; None where there is nothing more to do."""
