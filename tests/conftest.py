@@ -1,12 +1,13 @@
-"""Tiny models, each written once per run."""
+"""Tiny models, each written once per run, and a hub on the loopback."""
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hub import Hub, serving
 from tiny import tiny_gguf
 
 # A shell starts jobs in the background with Ctrl-C ignored, and programs that tests start would inherit that.
@@ -29,3 +30,10 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
         return made[key]
 
     return make
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with serving() as hub:
+        yield hub
+        assert not hub.told()
