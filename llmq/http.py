@@ -139,9 +139,7 @@ def joined(url: str, location: str) -> str:
     try:
         return urljoin(url, location)
     except ValueError:
-        raise NetworkError(
-            f"{host_of(urlsplit(url))} sends on to {quoted(location)}, which is not an address"
-        ) from None
+        raise NetworkError(f"{host_of(urlsplit(url))} sends on to {quoted(location)}, which is no address") from None
 
 
 def host_of(parts: SplitResult) -> str:

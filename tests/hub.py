@@ -84,11 +84,8 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def instead(answer: Answer, status: int, body: bytes, **headers: str) -> None:
-    answer.status, answer.body = status, body
-    answer.headers = {"Content-Length": str(len(body))} | {
-        name.replace("_", "-"): text for name, text in headers.items()
-    }
+def instead(answer: Answer, status: int, body: bytes, headers: dict[str, str]) -> None:
+    answer.status, answer.body, answer.headers = status, body, {"Content-Length": str(len(body)), **headers}
 
 
 # ---- answers that are wrong
@@ -96,7 +93,7 @@ def instead(answer: Answer, status: int, body: bytes, **headers: str) -> None:
 
 def status(answer: Answer, fault: Fault) -> None:
     """`n` is the status."""
-    instead(answer, fault.n, b'{"error": "no"}', **fault.headers)
+    instead(answer, fault.n, b'{"error": "no"}', fault.headers)
 
 
 def ignore_range(answer: Answer, _fault: Fault) -> None:
@@ -145,16 +142,16 @@ def truncated(answer: Answer, _fault: Fault) -> None:
 
 
 def gzip_bomb(answer: Answer, _fault: Fault) -> None:
-    instead(answer, 200, gzip.compress(bytes(64 << 20), 1), Content_Encoding="gzip")
+    instead(answer, 200, gzip.compress(bytes(64 << 20), 1), {"Content-Encoding": "gzip"})
 
 
 def html(answer: Answer, _fault: Fault) -> None:
-    instead(answer, 200, b"<html>Please log in to this network</html>", Content_Type="text/html; charset=utf-8")
+    instead(answer, 200, b"<html>Please log in to this network</html>", {"Content-Type": "text/html; charset=utf-8"})
 
 
 def lfs_ptr(answer: Answer, _fault: Fault) -> None:
     text = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256(answer.file)}\nsize {len(answer.file)}\n"
-    instead(answer, 200, text.encode(), Content_Type="text/plain")
+    instead(answer, 200, text.encode(), {"Content-Type": "text/plain"})
 
 
 def new_etag(answer: Answer, _fault: Fault) -> None:
@@ -163,7 +160,7 @@ def new_etag(answer: Answer, _fault: Fault) -> None:
 
 def onward(answer: Answer, fault: Fault) -> None:
     """A redirect, to what `headers` say."""
-    instead(answer, 302, b"", **fault.headers)
+    instead(answer, 302, b"", fault.headers)
 
 
 CHANGES: dict[str, Callable[[Answer, Fault], None]] = {
@@ -342,12 +339,9 @@ class Hub:
             if file is not None and (match[1] or match[3] in self.small):
                 return part(file, wanted)
             if file is not None:
-                linked = {
-                    "X-Repo-Commit": COMMIT,
-                    "X-Linked-Etag": f'"{sha256(file)}"',
-                    "X-Linked-Size": str(len(file)),
-                }
-                return Answer(302, {**linked, "Location": f"{self.cdn}/cdn{url}", "Content-Length": "0"})
+                onward = f"{self.cdn}/cdn{url}"
+                linked = {"X-Linked-Etag": f'"{sha256(file)}"', "X-Linked-Size": str(len(file))}
+                return Answer(302, {"X-Repo-Commit": COMMIT, **linked, "Location": onward, "Content-Length": "0"})
         return Answer(404, {"X-Error-Code": "EntryNotFound", "Content-Length": "0"})
 
     def listing(self, repo: str) -> dict[str, object]:

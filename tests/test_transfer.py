@@ -13,8 +13,8 @@ from hub import TOKEN, Hub, sha256
 
 from llmq import transfer
 from llmq.errors import FileFormatError, LlmqError, NetworkError
-from llmq.http import Request
 from llmq.fetcher import CHUNK, Limits, Remote
+from llmq.http import Request
 from llmq.part import part_paths
 from llmq.transfer import Progress, fetch
 
@@ -68,9 +68,9 @@ CASES = {
     "rst": ({}, RIGHT, NetworkError),
     "stall": ({}, RIGHT, NetworkError),
     "trickle": ({"n": 500}, RIGHT, NetworkError),
-    "status 429, seconds": ({"n": 429, "headers": {"Retry_After": "3600"}}, RIGHT, NetworkError),
-    "status 503, date": ({"n": 503, "headers": {"Retry_After": "Fri, 31 Dec 2099 23:59:59 GMT"}}, RIGHT, NetworkError),
-    "status 500, nonsense": ({"n": 500, "headers": {"Retry_After": "1 Jan 99999 00:00:00 GMT"}}, RIGHT, NetworkError),
+    "status 429, seconds": ({"n": 429, "headers": {"Retry-After": "3600"}}, RIGHT, NetworkError),
+    "status 503, date": ({"n": 503, "headers": {"Retry-After": "Fri, 31 Dec 2099 23:59:59 GMT"}}, RIGHT, NetworkError),
+    "status 500, nonsense": ({"n": 500, "headers": {"Retry-After": "1 Jan 99999 00:00:00 GMT"}}, RIGHT, NetworkError),
     "status 416": ({"n": 416}, RIGHT, NetworkError),
     "status 204": ({"n": 204}, RIGHT, NetworkError),
     "wrong_range": ({}, RIGHT, NetworkError),
@@ -128,7 +128,7 @@ def test_faults(hub: Hub, tmp_path: Path, case: str, place: str) -> None:
 @pytest.mark.parametrize("status", [401, 403, 404, 410, 451])
 @pytest.mark.parametrize("where", ["^/org/", "^/cdn/"])
 def test_what_may_not_be_had_is_not_asked_for_again(hub: Hub, tmp_path: Path, where: str, status: int) -> None:
-    fault = hub.fail("status", n=status, where=where, headers={"X_Error_Code": "GatedRepo"})
+    fault = hub.fail("status", n=status, where=where, headers={"X-Error-Code": "GatedRepo"})
     check(remote(hub), tmp_path / "model.gguf", NetworkError)
     assert fault.fired == 1
     assert not list(tmp_path.iterdir())
@@ -147,9 +147,10 @@ def test_another_version_under_the_same_name(hub: Hub, tmp_path: Path) -> None:
     check(remote(hub, sha256="", etag=f'"{sha256(DATA)}"'), tmp_path / "model.gguf", NetworkError)
 
 
-@pytest.mark.parametrize(
-    "target", ["LOOP", "file:///etc/passwd", "ftp://127.0.0.1/x", "http://[::1", "//", "http://a b/"]
-)
+NOWHERE = ["LOOP", "", "file:///etc/passwd", "ftp://127.0.0.1/x", "http://[::1", "//", "http://a b/", "http://\u00e9/"]
+
+
+@pytest.mark.parametrize("target", NOWHERE)
 def test_redirects_that_lead_nowhere(hub: Hub, tmp_path: Path, target: str) -> None:
     file = remote(hub)
     hub.fail("onward", where="^/org/", headers={"Location": target.replace("LOOP", file.request.url)})
