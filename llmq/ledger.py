@@ -32,8 +32,8 @@ SPARE_SHARE, MOST_SPARE = 0.02, 256 << 20
 
 
 class Ledger:
-    """The open files of one download: try_open() first, at the end publish(), discard(), or close(), which leaves what
-    is there to a later run. put() wants to be called by one thread at a time.
+    """The open files of one download: try_open() first, then reserve(), and at the end publish(), discard(), or close(),
+    which leaves what is there to a later run. put() wants to be called by one thread at a time.
 
     Raises UsageError where files cannot be written, ResourceError where the disk is full.
     """
@@ -50,8 +50,8 @@ class Ledger:
 
     def try_open(self) -> dict[int, int] | None:
         """The CRC-32 of each chunk that an earlier run left; None where another process is at it."""
-        check_target(self.target)
         try:
+            check_target(self.target)
             with explained(self.target):
                 log = hold(self._journal)
                 self._log = -1 if log is None else log
@@ -61,14 +61,20 @@ class Ledger:
                     return None
                 self._data = data
                 found = self._read()
-                self._check_space()
-                os.ftruncate(self._data, self._remote.n_bytes)
                 self._reader.close()
                 self._reader = io.FileIO(self._part)
                 return found
         except BaseException:
-            self.close()
+            # A journal made just now, beside a part that is not ours.
+            made = self._log >= 0 > self._data and not os.fstat(self._log).st_size
+            self.close(remove=[self._journal] if made else [])
             raise
+
+    def reserve(self) -> None:
+        """Makes the part as long as the file. ResourceError where the disk has no room for it."""
+        with explained(self.target):
+            self._check_space()
+            os.ftruncate(self._data, self._remote.n_bytes)
 
     def holder(self) -> int:
         """The process that is at it, as far as it says; 0 where it does not."""
@@ -137,7 +143,7 @@ class Ledger:
             os.ftruncate(self._log, len(head) + len(rest) // LINE * LINE)
             for at in range(0, len(rest) - LINE + 1, LINE):
                 index, crc = _parse(rest[at : at + LINE])
-                if index < self._remote.n_chunks and index * CHUNK + self._remote.chunk_bytes(index) <= there:
+                if 0 <= index < self._remote.n_chunks and index * CHUNK + self._remote.chunk_bytes(index) <= there:
                     found[index] = crc
         else:
             os.ftruncate(self._data, 0)

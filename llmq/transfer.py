@@ -43,16 +43,22 @@ def fetch(remote: Remote, target: Path, limits: Limits = LIMITS) -> Generator[Pr
     Raises NetworkError (nothing arrives, access, not found), FileFormatError (the sha256 differs twice), UsageError and
     ResourceError (the target).
     """
-    ledger, waited = Ledger(target, remote), False
+    ledger = Ledger(target, remote)
     while (found := ledger.try_open()) is None:
-        waited = True
         yield Progress(0, remote.n_bytes, 0, holder=ledger.holder())
         time.sleep(WAIT_SECONDS)
-    if waited and remote.sha256 and target.is_file() and sha256_of(target) == remote.sha256:
+    # Whoever held it is done, or was killed after the file got its name.
+    if not found and is_there(remote, target):
         ledger.discard()
         yield Progress(remote.n_bytes, remote.n_bytes, remote.n_bytes, sha256=remote.sha256)
         return
     yield from Transfer(remote, ledger, found, limits).run()
+
+
+def is_there(remote: Remote, path: Path) -> bool:
+    """Whether the file has all of the content already; unknown means no."""
+    same_size = bool(remote.sha256) and path.is_file() and path.stat().st_size == remote.n_bytes
+    return same_size and sha256_of(path) == remote.sha256
 
 
 class Transfer:
@@ -70,6 +76,7 @@ class Transfer:
         resumed = self._n_bytes()
         with ThreadPoolExecutor(1) as pool:
             try:
+                self._ledger.reserve()
                 checking = pool.submit(self._check)
                 while not checking.done():
                     yield Progress(self._n_bytes(), self._remote.n_bytes, resumed, trouble=self._fetcher.trouble)
