@@ -32,8 +32,8 @@ SPARE_SHARE, MOST_SPARE = 0.02, 256 << 20
 
 
 class Ledger:
-    """The open files of one download: try_open() first, then reserve(), and at the end publish(), discard(), or close(),
-    which leaves what is there to a later run. put() wants to be called by one thread at a time.
+    """The open files of one download: try_open() and then reserve(); at the end publish(), discard(), or close(), which
+    leaves what is there to a later run. put() wants to be called by one thread at a time.
 
     Raises UsageError where files cannot be written, ResourceError where the disk is full.
     """

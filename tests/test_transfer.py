@@ -136,7 +136,7 @@ def test_what_may_not_be_had_is_not_asked_for_again(hub: Hub, tmp_path: Path, wh
 
 def test_an_address_that_ran_out_is_asked_for_anew(hub: Hub, tmp_path: Path) -> None:
     fault = hub.fail("status", n=403, at=SIZE - 1, times=1)
-    check(remote(hub), tmp_path / "model.gguf", RIGHT)
+    check(remote(hub), tmp_path / "model.gguf", RIGHT, limits=dataclasses.replace(QUICK, connections=1))
     assert fault.fired == 1
     assert sum(not seen.path.startswith("/cdn/") for seen in hub.seen) == 2
 
