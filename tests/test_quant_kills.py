@@ -6,7 +6,6 @@ With -s each test says how many kills there were.
 import hashlib
 import random
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,14 +13,12 @@ from pathlib import Path
 
 import pytest
 from checkpoints import write_checkpoint
+from kills import CALLS, KILLED, forking, injected, needs_strace
 
 from llmq.part import part_paths
 from quant.quantize import quantize
 
 SEED = 20261121
-# What a run may stop in the middle of. strace counts calls by thread, so each file's are counted by themselves.
-CALLS = ("openat", "write", "ftruncate", "fsync", "fdatasync", "rename", "unlink")
-
 RUN = """
 import sys
 from pathlib import Path
@@ -32,24 +29,6 @@ def run():
     for _ in quantize(Path(sys.argv[1]), Path(sys.argv[2]), "q8_0", threads=2):
         pass
 """
-# For each line with a number of seconds, or with none: a run in a process of its own, killed after so long.
-SERVER = (
-    RUN
-    + """
-import os, signal, time
-for line in sys.stdin:
-    start = time.perf_counter()
-    child = os.fork()
-    if child == 0:
-        run()
-        os._exit(0)
-    if line.strip():
-        time.sleep(float(line))
-        os.kill(child, signal.SIGKILL)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    print(code, time.perf_counter() - start, flush=True)
-"""
-)
 
 
 @dataclass
@@ -62,9 +41,6 @@ class Case:
     fired: int = 0
     continued: int = 0
     wrong: list[str] = field(default_factory=list)
-
-    def program(self, text: str) -> list[str]:
-        return [sys.executable, "-c", text, str(self.source), str(self.out)]
 
     def check(self, moment: str, before: bytes | None) -> None:
         """After a kill: the old file or the new one. After the next run: the new one, and nothing beside it."""
@@ -107,16 +83,7 @@ def digest(path: Path) -> str:
 def test_kills_at_random_moments(case: Case, n_kills: int) -> None:
     rng = random.Random(SEED)
     case.fired, case.continued, case.wrong = 0, 0, []
-    with subprocess.Popen(case.program(SERVER), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
-        assert server.stdin is not None
-        assert server.stdout is not None
-
-        def run(seconds: float | None) -> tuple[int, float]:
-            server.stdin.write(f"{'' if seconds is None else seconds}\n")
-            server.stdin.flush()
-            code, took = server.stdout.readline().split()
-            return int(code), float(took)
-
+    with forking(RUN, str(case.source), str(case.out)) as run:
         case.reset(None)
         code, took = run(None)
         assert (code, digest(case.out)) == (0, case.expected)
@@ -132,29 +99,16 @@ def test_kills_at_random_moments(case: Case, n_kills: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
-@pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace")
+@needs_strace
 def test_kills_at_every_call_that_changes_a_file(case: Case) -> None:
     """The process dies when it asks for the k-th call of a kind on a file, for every k, kind and file."""
     case.fired, case.continued, case.wrong = 0, 0, []
+    command = [sys.executable, "-c", RUN + "run()", str(case.source), str(case.out)]
     for path in (*part_paths(case.out), case.out.parent):
         for call in CALLS:
             for k in range(1, 100):
                 case.reset(b"old")
-                inject = f"inject={call}:signal=KILL:when={k}"
-                strace = [
-                    "strace",
-                    "-f",
-                    "-qq",
-                    "-o",
-                    "/dev/null",
-                    "-P",
-                    str(path),
-                    "-e",
-                    f"trace={call}",
-                    "-e",
-                    inject,
-                ]
-                if subprocess.run([*strace, *case.program(RUN + "run()")], check=False).returncode not in (-9, 137):
+                if injected(path, call, k, "signal=KILL", command).returncode not in KILLED:
                     assert digest(case.out) == case.expected
                     break
                 case.check(f"{call} {k} on {path.name}", b"old")
