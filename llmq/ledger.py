@@ -65,9 +65,10 @@ class Ledger:
                 self._reader = io.FileIO(self._part)
                 return found
         except BaseException:
-            # A journal made just now, beside a part that is not ours.
-            made = self._log >= 0 > self._data and not os.fstat(self._log).st_size
-            self.close(remove=[self._journal] if made else [])
+            # An empty journal tells of nothing; what is beside it goes too, unless it is not ours.
+            empty = self._log >= 0 and not os.fstat(self._log).st_size
+            held = [path for path, file in ((self._part, self._data), (self._journal, self._log)) if file >= 0]
+            self.close(remove=held if empty else [])
             raise
 
     def reserve(self) -> None:
