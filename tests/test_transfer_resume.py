@@ -4,10 +4,10 @@ import itertools
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from downloads import asked, journalled
 from hub import TOKEN, Hub, sha256
 
 from llmq import fetcher, ledger, transfer
@@ -47,19 +47,6 @@ def stop_when(file: Remote, target: Path, n_bytes: int) -> None:
         pass
     steps.close()
     assert not target.exists()
-
-
-def journalled(target: Path) -> set[int]:
-    """The chunks that the journal tells of."""
-    journal = part_paths(target)[1]
-    lines = journal.read_text().splitlines()[1:] if journal.exists() else []
-    return {int(line.split()[0], 16) for line in lines} - {0xFFFFFFFF}
-
-
-def asked(hub: Hub) -> Iterator[int]:
-    """Chunks that were asked for, each as often as it was."""
-    for seen in hub.answers():
-        yield from range(seen.start // CHUNK, -(-seen.stop // CHUNK))
 
 
 @pytest.mark.parametrize("connections", [1, 2, 4])
