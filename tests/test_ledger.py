@@ -200,16 +200,16 @@ def test_a_target_with_another_name_keeps_what_that_has(tmp_path: Path) -> None:
     assert (tmp_path / "other").read_bytes() == b"old"
 
 
-def test_a_target_that_is_a_link_is_followed(tmp_path: Path) -> None:
-    """As everywhere where llmq writes files: the link stays, and what it names is replaced when the whole is there."""
+@pytest.mark.parametrize("there", [True, False])
+def test_a_target_that_is_a_link_is_replaced(tmp_path: Path, there: bool) -> None:
     (tmp_path / "folder").mkdir()
-    (tmp_path / "link").symlink_to(tmp_path / "folder" / "x")
-    book = Ledger(tmp_path / "link", REMOTE)
-    assert book.try_open() == {}
-    put(book, *CRCS)
-    book.publish()
-    assert stat.S_ISLNK((tmp_path / "link").lstat().st_mode)
-    assert (tmp_path / "folder" / "x").read_bytes() == DATA
+    if there:
+        (tmp_path / "other").write_bytes(b"old")
+    (tmp_path / "folder" / "x").symlink_to(tmp_path / "other")
+    found(tmp_path / "folder" / "x")
+    assert stat.S_ISREG((tmp_path / "folder" / "x").lstat().st_mode)
+    assert not there or (tmp_path / "other").read_bytes() == b"old"
+    assert (tmp_path / "other").exists() == there
 
 
 def test_a_disk_that_is_too_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from llmq.part import part_paths
 from llmq.transfer import Progress, fetch
 
 # Three spans; the last of them, and the last chunk, are shorter than others.
-SIZE = 9 * CHUNK + 12345
+SIZE = 8 * CHUNK + 12345
 DATA = random.Random(1).randbytes(SIZE)
 PLACES = {"first byte": 0, "1 %": SIZE // 100, "half": SIZE // 2, "last byte": SIZE - 1}
 QUICK = Limits(idle_seconds=0.4, slow_seconds=0.4, tries=3, first_wait=0.01, longest_wait=0.05)
@@ -172,22 +172,23 @@ def test_ranges_that_are_ignored_later(hub: Hub, tmp_path: Path) -> None:
     check(remote(hub), tmp_path / "other.gguf", NetworkError)
 
 
-def flips() -> Iterator[tuple[str, int, int]]:
+def corruptions(size: int) -> Iterator[tuple[str, int, int]]:
     rng = random.Random(2)
     for _ in range(100):
-        yield "flip", rng.randrange(SIZE), rng.randrange(8)
+        yield "flip", rng.randrange(size), rng.randrange(8)
     for _ in range(20):
-        yield "shift", rng.randrange(4 * CHUNK, SIZE), rng.choice([-CHUNK, -16, -1, 1, 7, 4096, CHUNK])
+        yield "shift", rng.randrange(4 * CHUNK, size), rng.choice([-CHUNK, -16, -1, 1, 7, 4096, CHUNK])
 
 
 def test_120_corruptions(hub: Hub, tmp_path: Path) -> None:
     """100 single bits, and 20 right-looking answers with what lies elsewhere in the file: each is caught."""
-    file, target, caught = remote(hub), tmp_path / "model.gguf", 0
-    for name, at, n in flips():
+    data, target, caught = DATA[: 5 * CHUNK + 1], tmp_path / "model.gguf", 0
+    file = remote(hub, data)
+    for name, at, n in corruptions(len(data)):
         hub.reset()
         fault = hub.fail(name, at=at, n=n, times=1)
-        check(file, target, RIGHT)
-        caught += fault.fired == 1 and hub.n_sent() == 2 * SIZE
+        check(file, target, RIGHT, data)
+        caught += fault.fired == 1 and hub.n_sent() == 2 * len(data)
         target.unlink()
     assert caught == 120
 

@@ -113,7 +113,7 @@ def new_case(hub: Hub, folder: Path, n_bytes: int) -> Case:
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("n_kills", [15, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n_kills", [10, pytest.param(200, marks=pytest.mark.slow)])
 def test_kills_at_random_moments(hub: Hub, tmp_path: Path, n_kills: int) -> None:
     case, rng = new_case(hub, tmp_path, 24_000_000), random.Random(SEED)
     hub.bytes_per_second = 20e6
