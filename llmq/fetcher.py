@@ -216,11 +216,13 @@ class Fetcher:
     def _read_chunk(self, worker: Worker, response: HTTPResponse, index: int, space: memoryview) -> memoryview:
         view, got = space[: self._remote.chunk_bytes(index)], 0
         while got < len(view):
-            n = response.readinto(view[got : got + READ_BYTES])
-            if not n:
+            # What is there now: waiting for more would make a slow connection look like one that does not move.
+            piece = response.read1(min(READ_BYTES, len(view) - got))
+            if not piece:
                 raise RetryError("the connection ended early")
-            got += n
-            worker.n_bytes += n
+            view[got : got + len(piece)] = piece
+            got += len(piece)
+            worker.n_bytes += len(piece)
         return view
 
     def _arrived(self, worker: Worker, index: int, data: memoryview) -> None:
