@@ -144,6 +144,16 @@ def test_what_is_forgotten_is_not_found(tmp_path: Path) -> None:
     assert found(tmp_path / "x") == {2: CRCS[2]}
 
 
+def test_the_order_that_a_power_cut_wants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The content is on disk before it has its name, and the name before anybody hears of it."""
+    events: list[object] = []
+    replace = Path.replace
+    monkeypatch.setattr(os, "fsync", lambda file: events.append(os.fstat(file).st_ino))
+    monkeypatch.setattr(Path, "replace", lambda *paths: (events.append("name"), replace(*paths))[1])
+    found(tmp_path / "x")
+    assert events == [(tmp_path / "x").stat().st_ino, "name", tmp_path.stat().st_ino]
+
+
 def test_only_one_has_it(tmp_path: Path) -> None:
     first, second = Ledger(tmp_path / "x", REMOTE), Ledger(tmp_path / "x", REMOTE)
     assert first.try_open() == {}

@@ -18,11 +18,11 @@ from llmq.http import Request
 from llmq.part import part_paths
 from llmq.transfer import Progress, fetch
 
-# Three spans; the last of them, and the last chunk, are shorter than others.
-SIZE = 8 * CHUNK + 12345
+# Two requests; the last chunk is shorter than others.
+SIZE = 5 * CHUNK + 12345
 DATA = random.Random(1).randbytes(SIZE)
 PLACES = {"first byte": 0, "1 %": SIZE // 100, "half": SIZE // 2, "last byte": SIZE - 1}
-QUICK = Limits(idle_seconds=0.4, slow_seconds=0.4, tries=3, first_wait=0.01, longest_wait=0.05)
+QUICK = Limits(idle_seconds=0.4, slow_seconds=0.4, tries=3, first_wait=0.01, longest_wait=0.02)
 RIGHT = None
 
 
@@ -125,6 +125,13 @@ def test_faults(hub: Hub, tmp_path: Path, case: str, place: str) -> None:
         assert bool(steps[0].resumed) == bool(kept)
 
 
+def test_slow_is_not_stalled(hub: Hub, tmp_path: Path) -> None:
+    """100 kB in about two seconds, from a server that would be left if it sent less than 10 kB in each half."""
+    hub.fail("trickle", at=0, n=50_000)
+    limits = dataclasses.replace(QUICK, slow_seconds=0.5, slow_bytes=10_000, tries=1)
+    check(remote(hub, DATA[:100_000]), tmp_path / "model.gguf", RIGHT, DATA[:100_000], limits)
+
+
 @pytest.mark.parametrize("status", [401, 403, 404, 410, 451])
 @pytest.mark.parametrize("where", ["^/org/", "^/cdn/"])
 def test_what_may_not_be_had_is_not_asked_for_again(hub: Hub, tmp_path: Path, where: str, status: int) -> None:
@@ -172,23 +179,22 @@ def test_ranges_that_are_ignored_later(hub: Hub, tmp_path: Path) -> None:
     check(remote(hub), tmp_path / "other.gguf", NetworkError)
 
 
-def corruptions(size: int) -> Iterator[tuple[str, int, int]]:
+def corruptions() -> Iterator[tuple[str, int, int]]:
     rng = random.Random(2)
     for _ in range(100):
-        yield "flip", rng.randrange(size), rng.randrange(8)
+        yield "flip", rng.randrange(SIZE), rng.randrange(8)
     for _ in range(20):
-        yield "shift", rng.randrange(4 * CHUNK, size), rng.choice([-CHUNK, -16, -1, 1, 7, 4096, CHUNK])
+        yield "shift", rng.randrange(4 * CHUNK, SIZE), rng.choice([-CHUNK, -16, -1, 1, 7, 4096, CHUNK])
 
 
 def test_120_corruptions(hub: Hub, tmp_path: Path) -> None:
     """100 single bits, and 20 right-looking answers with what lies elsewhere in the file: each is caught."""
-    data, target, caught = DATA[: 5 * CHUNK + 1], tmp_path / "model.gguf", 0
-    file = remote(hub, data)
-    for name, at, n in corruptions(len(data)):
+    file, target, caught = remote(hub), tmp_path / "model.gguf", 0
+    for name, at, n in corruptions():
         hub.reset()
         fault = hub.fail(name, at=at, n=n, times=1)
-        check(file, target, RIGHT, data)
-        caught += fault.fired == 1 and hub.n_sent() == 2 * len(data)
+        check(file, target, RIGHT)
+        caught += fault.fired == 1 and hub.n_sent() == 2 * SIZE
         target.unlink()
     assert caught == 120
 
@@ -208,3 +214,9 @@ def test_the_token_goes_to_the_hub_alone(hub: Hub, tmp_path: Path) -> None:
     run(remote(hub), tmp_path / "model.gguf")
     told = {TOKEN in seen.headers.get("authorization", ""): seen.path.split("/")[1] for seen in hub.seen}
     assert told == {True: "org", False: "cdn"}
+
+
+def test_connections_are_kept(hub: Hub, tmp_path: Path) -> None:
+    run(remote(hub), tmp_path / "model.gguf", dataclasses.replace(QUICK, connections=1))
+    assert len(hub.answers()) == 2
+    assert len(hub.connections) == 2  # one to each host
