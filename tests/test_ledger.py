@@ -96,6 +96,17 @@ def test_a_journal_that_was_cut_off_anywhere(tmp_path: Path) -> None:
     assert expected == CRCS
 
 
+def test_lines_after_one_that_was_cut_off(tmp_path: Path) -> None:
+    left(tmp_path / "x", 0, 1)
+    journal = part_paths(tmp_path / "x")[1]
+    os.truncate(journal, journal.stat().st_size - 5)
+    book = Ledger(tmp_path / "x", REMOTE)
+    assert book.try_open() == {0: CRCS[0]}
+    put(book, 2, 3)
+    book.close()
+    assert set(found(tmp_path / "x")) == {0, 2, 3}
+
+
 DAMAGES: list[Callable[[int], int]] = [lambda byte: byte ^ 1, lambda byte: byte ^ 128, lambda _: 0]
 DAMAGES += [lambda _, c=c: c for c in b"-+ _f\n"]  # type: ignore[misc]
 
