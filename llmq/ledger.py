@@ -81,7 +81,7 @@ class Ledger:
         """The process that is at it, as far as it says; 0 where it does not."""
         with contextlib.suppress(OSError, ValueError):
             lines = self._journal.read_bytes().splitlines()[1:]
-            return next(number for index, number in map(_parse, reversed(lines)) if index == PROCESS)
+            return next((number for index, number in map(_parse, reversed(lines)) if index == PROCESS), 0)
         return 0
 
     def put(self, index: int, data: memoryview) -> None:
