@@ -178,6 +178,14 @@ def test_only_one_has_it(tmp_path: Path) -> None:
     assert second.holder() == 0
 
 
+@pytest.mark.parametrize("journal", [b"", b"{}\n", b"{}\nnonsense\n"])
+def test_a_holder_that_has_not_said_who_it_is(tmp_path: Path, journal: bytes) -> None:
+    part_paths(tmp_path / "x")[1].write_bytes(journal)
+    book = Ledger(tmp_path / "x", REMOTE)
+    assert book.holder() == 0
+    book.close()
+
+
 def snapshot(folder: Path) -> dict[str, object]:
     return {path.name: (path.lstat().st_mode, path.is_file() and path.read_bytes()) for path in folder.iterdir()}
 
