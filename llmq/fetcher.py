@@ -100,6 +100,11 @@ class Fetcher:
         self._final_url = ""  # where the first answer came from: asked directly from then on
         self._ranged: bool | None = None  # None: nobody has answered yet
         self._arrivals = 0
+        self._tries, self._tried_at, self._tried_for = (
+            0,
+            0.0,
+            -1,
+        )  # failures in which nothing arrived, one after the other
 
     def ask_for(self, chunks: Iterable[int]) -> None:
         """Chunks that are not there, or not right."""
@@ -141,19 +146,20 @@ class Fetcher:
                 worker.since, worker.n_bytes = now, 0
 
     def _work(self) -> None:
-        worker, tries, arrivals = Worker(Line(self._limits.idle_seconds)), 0, -1
+        worker = Worker(Line(self._limits.idle_seconds))
         with self.changed:
             self._workers.append(worker)
         try:
             while span := self._take():
+                asked_at = time.monotonic()
                 try:
                     self._fetch(worker, *span)
                 except (RetryError, *BROKEN) as error:
                     worker.line.close()
                     with self.changed:
-                        tries = tries + 1 if self._arrivals == arrivals else 1
-                        arrivals = self._arrivals
-                        worker.line, worker.since = Line(self._limits.idle_seconds), 0.0
+                        worker.line = Line(self._limits.idle_seconds)
+                        self._final_url = ""  # another way there may be better
+                        tries = self._count_try(asked_at)
                     self._pause(error, tries)
         finally:
             worker.line.close()
@@ -176,6 +182,14 @@ class Fetcher:
         with self.changed:
             self._todo[:0] = runs(set(range(start, stop)) - self.done)
             self.changed.notify_all()
+
+    def _count_try(self, asked_at: float) -> int:
+        """How many times in a row nothing arrived; connections that fail together count once."""
+        if self._tried_for != self._arrivals:
+            self._tries, self._tried_at, self._tried_for = 0, 0.0, self._arrivals
+        if asked_at >= self._tried_at:
+            self._tries, self._tried_at = self._tries + 1, time.monotonic()
+        return self._tries
 
     def _pause(self, error: Exception, tries: int) -> None:
         what = str(error) if isinstance(error, RetryError) else f"the connection broke off ({reason(error)})"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from downloads import leave
 from hub import TOKEN, Hub, sha256
 
 from llmq import transfer
@@ -123,6 +124,25 @@ def test_faults(hub: Hub, tmp_path: Path, case: str, place: str) -> None:
         steps = run(file, target)
         assert target.read_bytes() == DATA
         assert bool(steps[0].resumed) == bool(kept)
+
+
+def test_parts_that_never_come_end_it(hub: Hub, tmp_path: Path) -> None:
+    """However many connections try at the same time, a round of failures counts once."""
+    data = random.Random(2).randbytes(20 * CHUNK)
+    file, target = remote(hub, data), tmp_path / "model.gguf"
+    for missing, requests in (({9}, QUICK.tries), ({3, 9, 15}, 3 * QUICK.tries)):
+        leave(file, target, data, set(range(20)) - missing)
+        fault = hub.fail("rst")
+        with pytest.raises(NetworkError):
+            run(file, target)
+        assert QUICK.tries <= fault.fired <= requests
+        hub.faults.clear()
+
+
+def test_after_a_failure_the_hub_is_asked_for_another_way(hub: Hub, tmp_path: Path) -> None:
+    hub.fail("rst", at=SIZE - 1, times=1)
+    check(remote(hub), tmp_path / "model.gguf", RIGHT, limits=dataclasses.replace(QUICK, connections=1))
+    assert sum(not seen.path.startswith("/cdn/") for seen in hub.seen) == 2
 
 
 def test_slow_is_not_stalled(hub: Hub, tmp_path: Path) -> None:
