@@ -66,9 +66,11 @@ class Remote:
 
 @dataclass(slots=True, eq=False)
 class Worker:
-    """A connection and what it is doing: bytes of the request it waits for, since when (0: none)."""
+    """A connection and what it is doing: chunks of the span that have not arrived, bytes of the request it waits for,
+    and since when (0: none)."""
 
     line: Line
+    span: tuple[int, int] = (0, 0)
     n_bytes: int = 0
     since: float = 0.0
 
@@ -151,9 +153,9 @@ class Fetcher:
             self._workers.append(worker)
         try:
             while span := self._take():
-                asked_at = time.monotonic()
+                asked_at, worker.span = time.monotonic(), span
                 try:
-                    self._fetch(worker, *span)
+                    self._fetch(worker)
                 except (RetryError, *BROKEN) as error:
                     worker.line.close()
                     with self.changed:
@@ -161,6 +163,8 @@ class Fetcher:
                         self._final_url = ""  # another way there may be better
                         tries = self._count_try(asked_at)
                     self._pause(error, tries)
+                finally:
+                    self._give_back(*worker.span)
         finally:
             worker.line.close()
 
@@ -206,26 +210,28 @@ class Fetcher:
             while not self.stopped and (left := until - time.monotonic()) > 0:
                 self.changed.wait(left)
 
-    def _fetch(self, worker: Worker, start: int, stop: int) -> None:
-        """One request; what of the span has not arrived is given back."""
-        at, end = start, min(stop * CHUNK, self._remote.n_bytes)
+    def _fetch(self, worker: Worker) -> None:
+        """One request; what of the span has not arrived is left in it."""
+        (start, stop), n_bytes = worker.span, self._remote.n_bytes
         try:
             with self.changed:
                 worker.n_bytes, worker.since = 0, time.monotonic()
-            response = self._ask(worker.line, start * CHUNK, end)
+            response = self._ask(worker.line, start * CHUNK, min(stop * CHUNK, n_bytes))
             if response.status == 200:
                 # All from the first byte on, whatever is asked: this one connection then takes what is left.
-                at, stop = 0, self._remote.n_chunks
+                start, stop = 0, self._remote.n_chunks
                 with self.changed:
                     self._todo.clear()
             space = memoryview(bytearray(CHUNK))
-            while at < stop and not self.stopped:
-                self._arrived(worker, at, self._read_chunk(worker, response, at, space))
-                at += 1
+            for index in range(start, stop):
+                worker.span = index, stop
+                if self.stopped:
+                    return
+                self._arrived(worker, index, self._read_chunk(worker, response, index, space))
+            worker.span = stop, stop
             response.read(1)  # sees the end, so that the connection can be asked again
         finally:
             worker.since = 0.0
-            self._give_back(at, stop)
 
     def _read_chunk(self, worker: Worker, response: HTTPResponse, index: int, space: memoryview) -> memoryview:
         view, got = space[: self._remote.chunk_bytes(index)], 0

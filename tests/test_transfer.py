@@ -129,8 +129,9 @@ def test_faults(hub: Hub, tmp_path: Path, case: str, place: str) -> None:
 def test_parts_that_never_come_end_it(hub: Hub, tmp_path: Path) -> None:
     """However many connections try at the same time, a round of failures counts once."""
     data = random.Random(2).randbytes(20 * CHUNK)
-    file, target = remote(hub, data), tmp_path / "model.gguf"
+    file = remote(hub, data)
     for missing, requests in (({9}, QUICK.tries), ({3, 9, 15}, 3 * QUICK.tries)):
+        target = tmp_path / f"{len(missing)}.gguf"
         leave(file, target, data, set(range(20)) - missing)
         fault = hub.fail("rst")
         with pytest.raises(NetworkError):
