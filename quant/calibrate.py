@@ -96,8 +96,7 @@ def _layers(
                 check_finite(gguf, "token_embd.", f"blk.{i}.")
                 raise _overflow(f"layer {i}", gguf)
             model.release()
-            found = _statistics(i, config, chunks, sums.values())
-            sums.clear()
+            found = _statistics(i, config, chunks, sums)
             yield found
             del found
     output = _Sums(("token_embd.weight" if config.tied_embeddings else "output.weight",), _shapes(gguf), block)
@@ -106,7 +105,7 @@ def _layers(
     if not output.fits():
         check_finite(gguf, "output_norm.")
         raise _overflow("the last norm", gguf)
-    yield _statistics(config.n_layers, config, chunks, [output])
+    yield _statistics(config.n_layers, config, chunks, {"output": output})
 
 
 def predicted_memory(model: SourceModel, chunks: Sequence[list[int]], block: int) -> int:
@@ -175,7 +174,8 @@ def _run_layer(
 ) -> None:
     """One chunk through layer i: hidden states x [n, dim] become those after it, and what matrices read is added."""
     gguf, config = engine.plan.gguf, engine.config
-    state = engine.embed(chunk, range(len(chunk)), [ring] * len(chunk))
+    # Beyond the first layer what is embedded does not count, and one row of the embedding is enough to touch.
+    state = engine.embed(chunk if i == 0 else chunk[:1] * len(chunk), range(len(chunk)), [ring] * len(chunk))
     if i > 0:
         state[:] = x
     sums["attn_normed"].add(0, rms_norm(state, gguf, f"blk.{i}.attn_norm.weight", config.rms_eps), held=held)
@@ -229,17 +229,20 @@ class _Sums:
         return Inputs(self.squares.astype(np.float32), self.counts.sum(axis=0))
 
     def moments(self) -> np.ndarray | None:
-        """Those used and those held: float32 [2, n_experts, n_blocks, size, size]."""
+        """Those used and those held: float32 [2, n_experts, n_blocks, size, size]; uses the sums up."""
         if self.products is None:
             return None
-        return (self.products / np.maximum(self.counts, 1)[..., None, None, None]).astype(np.float32)
+        self.products /= np.maximum(self.counts, 1)[..., None, None, None]
+        return self.products.astype(np.float32)
 
 
-def _statistics(index: int, config: ModelConfig, chunks: list[list[int]], sums: Iterable[_Sums]) -> LayerStatistics:
+def _statistics(index: int, config: ModelConfig, chunks: list[list[int]], sums: dict[str, _Sums]) -> LayerStatistics:
+    """Means of the sums, which are used up: both together would be the most that is in memory."""
     inputs: dict[str, Inputs] = {}
     moments: dict[str, np.ndarray] = {}
     held: dict[str, np.ndarray] = {}
-    for each in sums:
+    while sums:
+        _, each = sums.popitem()
         inputs |= dict.fromkeys(each.names, each.inputs())
         found = each.moments()
         if found is not None:

@@ -143,20 +143,17 @@ class Feedback:
 
 def prepare(moments: np.ndarray) -> Feedback:
     """Factors the second moments, float [n_blocks, 256, 256], symmetric; moments that are all zero count as equal."""
-    n = moments.shape[-1]
-    importance, forward, around = [], [], []
-    for block in moments.astype(np.float64):
-        mean = np.trace(block) / n
-        damped = block + np.eye(n) * (DAMPING * mean if mean > 0 else 1.0)
-        upper, diagonal = _factor(damped)
-        importance.append(diagonal)
-        forward.append(upper.T)
-        around.append(damped / np.diag(damped)[:, None] - np.eye(n))
-    return Feedback(
-        np.concatenate(importance).astype(np.float32),
-        np.ascontiguousarray(forward, np.float32),
-        np.ascontiguousarray(around, np.float32),
-    )
+    n_blocks, n, _ = moments.shape
+    importance = np.empty((n_blocks, n), np.float32)
+    forward, around = np.empty((2, *moments.shape), np.float32)
+    for i, block in enumerate(moments):
+        exact = block.astype(np.float64)
+        mean = np.trace(exact) / n
+        damped = exact + np.eye(n) * (DAMPING * mean if mean > 0 else 1.0)
+        upper, importance[i] = _factor(damped)
+        forward[i] = upper.T
+        around[i] = damped / np.diag(damped)[:, None] - np.eye(n)
+    return Feedback(importance.reshape(-1), forward, around)
 
 
 def _factor(moments: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

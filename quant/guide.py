@@ -61,6 +61,8 @@ class Running:
         if name.endswith(("_norm.weight", "ffn_gate_inp.weight")):
             return None
         while name not in self.calibration.inputs:
+            if name.startswith("blk."):
+                self._guides.clear()  # before the next layer takes its room
             layer = next(self._layers, None)
             if layer is None:
                 return None
