@@ -47,8 +47,10 @@ def check_status(answer: HTTPResponse, host: str) -> None:
     if status in GONE:
         raise NetworkError(f"{host} has no such file ({status}); check the name")
     if status not in (200, 206):
-        wait = retry_after(answer.headers.get("Retry-After", "")) if status in BUSY else 0.0
-        raise RetryError(f"it answers {status} {quoted(answer.reason)}", wait)
+        what = f"it answers {status} {quoted(answer.reason)}"
+        if status not in BUSY:
+            raise NetworkError(f"{host}: {what}; is the address right?")
+        raise RetryError(what, retry_after(answer.headers.get("Retry-After", "")))
 
 
 def retry_after(text: str) -> float:

@@ -1,6 +1,6 @@
 """Small things from elsewhere, in memory: a request that is asked again with growing pauses until it is answered."""
 
-import random
+import threading
 import time
 from collections.abc import Callable
 from http.client import HTTPResponse
@@ -15,13 +15,20 @@ from llmq.http import BROKEN, Line, Request, checked, host_of
 Taken = TypeVar("Taken")
 
 MOST_PIECE = 256 << 20
+LEAST_RATE = 10_000  # bytes a second
 
 
-def ask(request: Request, take: Callable[[HTTPResponse], Taken], limits: Limits = LIMITS) -> Taken:
-    """What `take` makes of the answer, which it may refuse by RetryError. NetworkError where there is none."""
+def ask(request: Request, take: Callable[[HTTPResponse], Taken], limits: Limits = LIMITS, n_bytes: int = 0) -> Taken:
+    """What `take` makes of the answer, of about `n_bytes`, which it may refuse by RetryError.
+
+    Raises NetworkError where there is none.
+    """
     host = host_of(checked(request.url))
     for tries in range(1, limits.tries + 1):
         line = Line(limits.idle_seconds)
+        # A server that sends a byte now and then would never be idle.
+        deadline = threading.Timer(limits.slow_seconds + n_bytes / LEAST_RATE, line.abort)
+        deadline.start()
         try:
             answer, _ = line.get(request)
             return take(answer)
@@ -29,10 +36,10 @@ def ask(request: Request, take: Callable[[HTTPResponse], Taken], limits: Limits 
             what = str(error) if isinstance(error, RetryError) else f"cannot be reached ({reason(error)})"
             asked = error.wait if isinstance(error, RetryError) else 0.0
         finally:
+            deadline.cancel()
             line.close()
         if tries < limits.tries:
-            pause = limits.first_wait * 2 ** (tries - 1) * random.uniform(0.75, 1.25)
-            time.sleep(min(max(pause, asked), limits.longest_wait))
+            time.sleep(limits.pause(tries, asked))
     raise NetworkError(f"{host}: {what}, {limits.tries} times in a row; try again later")
 
 
@@ -64,7 +71,7 @@ def read_piece(remote: Remote, start: int, end: int, limits: Limits = LIMITS) ->
             raise RetryError("the connection ended early")
         return piece
 
-    return ask(request, take, limits)
+    return ask(request, take, limits, end - start)
 
 
 def probe(url: str, limits: Limits = LIMITS) -> Remote:
@@ -78,7 +85,9 @@ def probe(url: str, limits: Limits = LIMITS) -> Remote:
         if answer.status == 206:
             length = answer.headers.get("Content-Range", "").rpartition("/")[2]
         if not length.isdecimal():
-            raise NetworkError(f"{host} does not tell how long {quoted(url, 120)} is; get the file another way")
+            raise NetworkError(
+                f"{host} does not tell how long {quoted(url.partition('?')[0], 120)} is; get the file another way"
+            )
         etag = answer.headers.get("ETag", "")
         return Remote(Request(url, {}, {}), int(length), etag="" if etag.startswith("W/") else etag)
 

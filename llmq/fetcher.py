@@ -38,6 +38,11 @@ class Limits:
     first_wait: float = 0.5
     longest_wait: float = 60.0
 
+    def pause(self, tries: int, asked: float) -> float:
+        """Seconds before the next try after so many; `asked` is what the server asks for."""
+        grown = self.first_wait * 2 ** (tries - 1) * random.uniform(0.75, 1.25)
+        return min(max(grown, asked), self.longest_wait)
+
 
 LIMITS = Limits()
 
@@ -190,9 +195,10 @@ class Fetcher:
     def _count_try(self, asked_at: float) -> int:
         """How many times in a row nothing arrived; connections that fail together count once."""
         if self._tried_for != self._arrivals:
-            self._tries, self._tried_at, self._tried_for = 0, 0.0, self._arrivals
+            self._tries, self._tried_for = 0, self._arrivals
         if asked_at >= self._tried_at:
-            self._tries, self._tried_at = self._tries + 1, time.monotonic()
+            self._tries += 1
+            self._tried_at = time.monotonic()
         return self._tries
 
     def _pause(self, error: Exception, tries: int) -> None:
@@ -203,8 +209,7 @@ class Fetcher:
                 "goes on from there"
             )
         asked = error.wait if isinstance(error, RetryError) else 0.0
-        wait = min(self._limits.first_wait * 2 ** (tries - 1) * random.uniform(0.75, 1.25), self._limits.longest_wait)
-        until = time.monotonic() + max(wait, min(asked, self._limits.longest_wait))
+        until = time.monotonic() + self._limits.pause(tries, asked)
         with self.changed:
             self.trouble = f"{what}; trying again"
             while not self.stopped and (left := until - time.monotonic()) > 0:
@@ -255,6 +260,7 @@ class Fetcher:
                 self._put(index, data)
                 self.done.add(index)
                 self._arrivals += 1
+                self.trouble = ""
                 self.changed.notify_all()
 
     def _ask(self, line: Line, start: int, end: int) -> HTTPResponse:

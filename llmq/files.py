@@ -117,6 +117,16 @@ def check_target(target: Path) -> None:
     raise UsageError(f"cannot write {quoted(str(target), 120)}: {what}; give the path of a file")
 
 
+def allocated_bytes(path: Path) -> int:
+    """What a file takes on disk, which is less than its size where it has holes; 0 where there is none."""
+    try:
+        status = path.lstat()
+    except OSError:
+        return 0
+    # Windows does not tell, and makes no holes by itself.
+    return min(status.st_blocks * 512, status.st_size) if hasattr(status, "st_blocks") else status.st_size
+
+
 @contextlib.contextmanager
 def explained(path: Path, doing: str = "write") -> Iterator[None]:
     """Turns what the system says about writing or reading `path` into a sentence for the user."""

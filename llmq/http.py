@@ -130,7 +130,8 @@ def checked(url: str) -> SplitResult:
     except ValueError:
         known = False
     if not known or not url.isascii() or any(c <= " " or c == "\x7f" for c in url):
-        raise NetworkError(f"{quoted(url)} is not an address that llmq can fetch from")
+        shown = quoted(url.partition("?")[0].rpartition("@")[2])
+        raise NetworkError(f"{shown} is not an address that llmq can fetch from")
     return parts
 
 
@@ -183,7 +184,11 @@ def proxy_of(parts: SplitResult) -> SplitResult | None:
     if not text:
         return None
     proxy = urlsplit(text if "://" in text else f"http://{text}")
-    if proxy.scheme != "http":
+    try:
+        known = proxy.scheme == "http" and bool(proxy.hostname) and (proxy.port or 1) > 0
+    except ValueError:
+        known = False
+    if not known:
         raise NetworkError(f"the proxy for {parts.scheme} is of a kind that llmq does not speak; give an http:// one")
     return proxy
 

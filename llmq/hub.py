@@ -62,7 +62,8 @@ def endpoint() -> str:
 
     # Read anew: the module keeps what was there when it was imported.
     url = os.environ.get("HF_ENDPOINT", "").rstrip("/") or constants.ENDPOINT
-    checked(url)
+    if checked(url).username is not None:
+        raise NetworkError("HF_ENDPOINT holds a login, which llmq does not send; put a token into HF_TOKEN")
     return url
 
 

@@ -14,6 +14,7 @@ import hashlib
 import io
 import json
 import os
+import secrets
 import shutil
 import zlib
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from pathlib import Path
 
 from llmq.errors import ResourceError, quoted
 from llmq.fetcher import CHUNK, Remote
-from llmq.files import check_target, explained, sync_folder
+from llmq.files import allocated_bytes, check_target, explained, sync_folder
 from llmq.locks import hold
 from llmq.part import part_paths
 
@@ -110,6 +111,7 @@ class Ledger:
         """Gives the file its name, whole and on disk. The journal goes last: until then it holds others off."""
         with explained(self.target):
             os.fsync(self._data)
+            self._reader.close()
             if os.name == "nt":  # where an open file cannot be renamed
                 os.close(self._data)
                 self._data = -1
@@ -158,9 +160,8 @@ class Ledger:
         _write(self._log, memoryview(data))
 
     def _check_space(self) -> None:
-        status = os.fstat(self._data)
-        taken = min(getattr(status, "st_blocks", 0) * 512 or status.st_size, self._remote.n_bytes)
-        needed = self._remote.n_bytes - taken + min(int(SPARE_SHARE * self._remote.n_bytes), MOST_SPARE)
+        missing = self._remote.n_bytes - min(allocated_bytes(self._part), self._remote.n_bytes)
+        needed = missing + min(int(SPARE_SHARE * self._remote.n_bytes), MOST_SPARE)
         free = shutil.disk_usage(self.target.parent).free
         if free < needed:
             raise ResourceError(
@@ -170,8 +171,10 @@ class Ledger:
 
 
 def content_key(remote: Remote) -> str:
-    """The same for two downloads whose parts belong together."""
-    return remote.sha256 or hashlib.sha256(f"{remote.request.url} {remote.etag}".encode()).hexdigest()
+    """The same for two downloads whose parts belong together; of what nothing vouches for, no two do."""
+    if remote.sha256 or not remote.etag:
+        return remote.sha256 or secrets.token_hex(32)
+    return hashlib.sha256(f"{remote.request.url} {remote.etag}".encode()).hexdigest()
 
 
 def _line(index: int, number: int) -> bytes:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from llmq.errors import FileFormatError, LlmqError, ResourceError, UnsupportedError, UsageError, quoted
-from llmq.files import BLOCK, check_target, explained, open_regular, sync_folder
+from llmq.files import BLOCK, allocated_bytes, check_target, explained, open_regular, sync_folder
 from llmq.locks import hold, is_plain
 
 Note = dict[str, Any]  # of what JSON gives back as it was
@@ -176,7 +176,7 @@ class PartFile:
 
     def _check_space(self, n_bytes: int) -> None:
         free = shutil.disk_usage(self.target.parent).free
-        there = sum(path.lstat().st_size for path in part_paths(self.target) if path.exists())
+        there = sum(map(allocated_bytes, part_paths(self.target)))
         if free + there < n_bytes:
             raise ResourceError(
                 f"{quoted(self.target.name)} needs {(n_bytes - there) / 1e6:,.0f} MB of disk and {free / 1e6:,.0f} MB "

@@ -48,7 +48,12 @@ def fetch(remote: Remote, target: Path, limits: Limits = LIMITS) -> Generator[Pr
         yield Progress(0, remote.n_bytes, 0, holder=ledger.holder())
         time.sleep(WAIT_SECONDS)
     # Whoever held it is done, or was killed after the file got its name.
-    if not found and is_there(remote, target):
+    try:
+        done = not found and is_there(remote, target)
+    except BaseException:
+        ledger.discard()
+        raise
+    if done:
         ledger.discard()
         yield Progress(remote.n_bytes, remote.n_bytes, remote.n_bytes, sha256=remote.sha256)
         return

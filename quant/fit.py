@@ -14,6 +14,7 @@ from pathlib import Path
 from llmq.config import ModelConfig
 from llmq.figures import Machine
 from llmq.layout import BATCH, FLOAT, GROUP_BYTES, KV_LAYOUTS, activation_kind
+from llmq.ledger import MOST_SPARE, SPARE_SHARE
 from llmq.memory import activation_kinds, memory_free, most_buffer_bytes, ring_bytes, ring_capacity
 from llmq.work import Work
 from quant.size import Size, planned
@@ -22,9 +23,8 @@ from quant.size import Size, planned
 PROGRAM_BYTES = 136 << 20
 TEXT_BYTES = 300
 
-# Of all memory that is free a model leaves this much, or it is tight; and of a disk, beyond the file.
+# Of all memory that is free a model leaves this much, or it is tight.
 MARGIN = 0.1
-DISK_MARGIN, LEAST_DISK_MARGIN = 0.02, 256 << 20
 
 # How much of the machine's reading rate a reply gets, and of its products a prompt: of integers, and of floats, of
 # which a register holds a quarter. docs/performance.md has what was measured.
@@ -124,7 +124,7 @@ def memory_needed(
 def disk_needed(file_bytes: int, already: int = 0) -> int:
     """Bytes that must be free for a file of which `already` bytes are there: what is missing, and a margin."""
     missing = file_bytes - already
-    return missing + max(LEAST_DISK_MARGIN, int(DISK_MARGIN * file_bytes)) if missing > 0 else 0
+    return missing + min(int(SPARE_SHARE * file_bytes), MOST_SPARE) if missing > 0 else 0
 
 
 def disk_free(folder: Path) -> int:

@@ -110,7 +110,7 @@ def parse_size(text: str) -> Size:
     found = parse_weights(what)
     if not found:
         raise UsageError(
-            f"cannot predict {text[:20]!a}: give a name that `llmq list --available` shows, or weights and a type, as "
+            f"cannot predict {text[:12]!a}: give a name that `llmq list --available` shows, or weights and a type, as "
             "in 7B:Q4_K_M, or all and used weights, as in 47B/13B:Q4_K_M"
         )
     return scaled(what, *found, kind)

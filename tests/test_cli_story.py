@@ -87,4 +87,4 @@ def test_show_and_list_know_it() -> None:
     shown = llmq("show").stdout
     assert "8 experts, 2 used a token" in shown
     assert "window      256 tokens" in shown
-    assert llmq("list").stdout.startswith("storyteller")
+    assert "\nstoryteller  " in llmq("list").stdout

@@ -71,7 +71,7 @@ def test_sizes_are_those_of_the_file(tmp_path: Path, changes: dict[str, Any], al
     mix = {name: Q8_0 if "attn" in name else F16 for name in matrices(source)}
     formats = dict.fromkeys((weights.name for weights in source.weights), F32) | mix
     list(quantize(path, out, "q4_k_m", mix=mix, remarks=["a remark"], fast=True))
-    metadata = file_metadata(source, path, "q4_k_m", settings(True, (), ["a remark"]), "", mixed=True)
+    metadata = file_metadata(source, "q4_k_m", settings(True, (), ["a remark"]), "", mixed=True)
     assert file_bytes(source, formats, metadata) == out.stat().st_size
     with open_gguf(out) as gguf:
         in_file = sum(math.ceil(gguf.tensors[name].n_bytes / alignment) * alignment for name in mix)
@@ -85,7 +85,7 @@ def test_a_mix_stays_within_its_budget(tmp_path: Path, alignment: int, least: in
     path = written_again(tmp_path / "a.gguf", tmp_path / "in.gguf", {"general.alignment": alignment}, {})
     source = open_source(path)
     sensitivity = {name: 1 / (i + 1) for i, name in enumerate(matrices(source))}
-    metadata = file_metadata(source, path, "q4_k_m", "", "")
+    metadata = file_metadata(source, "q4_k_m", "", "")
     for size in range(least, least + 60_000, 17_777):
         mix = best_mix(source, sensitivity, matrix_budget(source, size, metadata))
         list(quantize(path, tmp_path / "out.gguf", "q4_k_m", mix=mix, fast=True))
@@ -296,7 +296,7 @@ def test_a_mix_is_better_than_the_preset_of_its_bytes(tmp_path: Path) -> None:
     path = written_again(tmp_path / "a.gguf", tmp_path / "in.gguf", {}, factors)
     source = open_source(path)
     formats = assign(PRESETS["q4_k_m"], {weights.name: weights.shape for weights in source.weights})
-    metadata = file_metadata(source, path, "q4_k_m", "", "")
+    metadata = file_metadata(source, "q4_k_m", "", "")
     budget = matrix_budget(source, file_bytes(source, formats, metadata), metadata)
     mix = best_mix(source, sensitivities(path, TEXT, threads=2), budget)
     for role in ("attn_q", "attn_v", "ffn_up", "ffn_down"):
