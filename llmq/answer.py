@@ -48,9 +48,9 @@ def check_status(answer: HTTPResponse, host: str) -> None:
         raise NetworkError(f"{host} has no such file ({status}); check the name")
     if status not in (200, 206):
         what = f"it answers {status} {quoted(answer.reason)}"
-        if status not in BUSY:
+        if 400 <= status < 500 and status not in BUSY:
             raise NetworkError(f"{host}: {what}; is the address right?")
-        raise RetryError(what, retry_after(answer.headers.get("Retry-After", "")))
+        raise RetryError(what, retry_after(answer.headers.get("Retry-After", "")) if status in BUSY else 0.0)
 
 
 def retry_after(text: str) -> float:

@@ -12,6 +12,7 @@ from pathlib import Path
 from llmq.errors import LlmqError, ResourceError, UsageError, quoted
 
 BLOCK = 1 << 20  # bytes that are read at a time
+SPARE_SHARE, MOST_SPARE = 0.02, 256 << 20
 
 
 def write_atomically(path: Path, content: bytes, *, lasting: bool = False) -> None:
@@ -125,6 +126,11 @@ def allocated_bytes(path: Path) -> int:
         return 0
     # Windows does not tell, and makes no holes by itself.
     return min(status.st_blocks * 512, status.st_size) if hasattr(status, "st_blocks") else status.st_size
+
+
+def spare_bytes(n_bytes: int) -> int:
+    """What a disk must have free beyond a file of `n_bytes`: file systems round up, and others write too."""
+    return min(int(SPARE_SHARE * n_bytes), MOST_SPARE)
 
 
 @contextlib.contextmanager

@@ -22,14 +22,12 @@ from pathlib import Path
 
 from llmq.errors import ResourceError, quoted
 from llmq.fetcher import CHUNK, Remote
-from llmq.files import allocated_bytes, check_target, explained, sync_folder
+from llmq.files import allocated_bytes, check_target, explained, spare_bytes, sync_folder
 from llmq.locks import hold
 from llmq.part import part_paths
 
 LINE = len("00000000 00000000\n")
 PROCESS = 0xFFFFFFFF
-# Of the file's size, but no more bytes than that: room for file systems that round up.
-SPARE_SHARE, MOST_SPARE = 0.02, 256 << 20
 
 
 class Ledger:
@@ -161,7 +159,7 @@ class Ledger:
 
     def _check_space(self) -> None:
         missing = self._remote.n_bytes - min(allocated_bytes(self._part), self._remote.n_bytes)
-        needed = missing + min(int(SPARE_SHARE * self._remote.n_bytes), MOST_SPARE)
+        needed = missing + spare_bytes(self._remote.n_bytes)
         free = shutil.disk_usage(self.target.parent).free
         if free < needed:
             raise ResourceError(

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from llmq.config import ModelConfig
 from llmq.figures import Machine
+from llmq.files import spare_bytes
 from llmq.layout import BATCH, FLOAT, GROUP_BYTES, KV_LAYOUTS, activation_kind
-from llmq.ledger import MOST_SPARE, SPARE_SHARE
 from llmq.memory import activation_kinds, memory_free, most_buffer_bytes, ring_bytes, ring_capacity
 from llmq.work import Work
 from quant.size import Size, planned
@@ -124,7 +124,7 @@ def memory_needed(
 def disk_needed(file_bytes: int, already: int = 0) -> int:
     """Bytes that must be free for a file of which `already` bytes are there: what is missing, and a margin."""
     missing = file_bytes - already
-    return missing + min(int(SPARE_SHARE * file_bytes), MOST_SPARE) if missing > 0 else 0
+    return missing + spare_bytes(file_bytes) if missing > 0 else 0
 
 
 def disk_free(folder: Path) -> int:
