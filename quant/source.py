@@ -65,6 +65,9 @@ class Course(Protocol):
     def end(self, name: str, expert: int) -> str:
         """A piece is read to its end. Raises DamagedStreamError where what came is not what was announced."""
 
+    def check(self, name: str, expert: int) -> None:
+        """Reads on past this piece as far as it takes to know of it what end() would in the end."""
+
     def close(self) -> None:
         """Nothing more is read."""
 

@@ -27,7 +27,7 @@ class Stream:
     def __init__(
         self, remote: Remote, start: int, kept: str, marks: Sequence[int], limits: Limits = LIMITS, window: int = WINDOW
     ) -> None:
-        self._remote, self._start, self._sha256 = remote, start, Sha256(kept)
+        self.start, self._remote, self._sha256 = start, remote, Sha256(kept)
         self._marks = deque(mark for mark in marks if mark > start)
         self._states: dict[int, str] = {start: kept}
         self._chunks: dict[int, bytes] = {}
@@ -82,7 +82,7 @@ class Stream:
 
     def _put(self, index: int, data: memoryview) -> None:
         # A server that ignores ranges sends what comes before the start, too.
-        if index >= self._start // CHUNK:
+        if index >= self.start // CHUNK:
             self._chunks[index] = bytes(data)
 
     def _reach(self) -> int:
