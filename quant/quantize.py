@@ -244,12 +244,15 @@ def in_order(
 def predicted_memory(source: Source, n_threads: int) -> int:
     """Bytes that this process has at its peak, most of them once: the interpreter and what compiles the encoders.
 
-    The rest: chunks being encoded, encoded chunks in the queue, source pages not yet let go, and the vocabulary.
+    The rest: chunks being encoded, encoded chunks in the queue, source pages not yet let go, or what a stream holds and
+    copies of it, and the vocabulary.
     """
     chunk = max(max(CHUNK, weights.shape[-1]) for weights in source.weights)
     n_texts = sum(len(value) for value in source.metadata.values() if isinstance(value, list))
-    per_weight = n_threads * WORKING_BYTES + (2 * n_threads + 1 + n_threads + RELEASED_CHUNKS) * 4
-    return BASE_BYTES + chunk * per_weight + n_texts * TEXT_BYTES
+    read = 2 * n_threads if source.course else RELEASED_CHUNKS
+    per_weight = n_threads * WORKING_BYTES + (2 * n_threads + 1 + n_threads + read) * 4
+    streams = source.course.n_bytes if source.course else 0
+    return BASE_BYTES + chunk * per_weight + streams + n_texts * TEXT_BYTES
 
 
 def check_memory(source: Source, n_threads: int) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from llmq.ask import read_piece
 from llmq.errors import FileFormatError, quoted
-from llmq.fetcher import LIMITS, Limits, Remote
+from llmq.fetcher import CHUNK, LIMITS, Limits, Remote
 from llmq.hub import Snapshot, read_small, remote_file
 from quant.checkpoint import (
     ADDED_TOKENS,
@@ -143,6 +143,11 @@ class StreamCourse:
             shard.used.sort(key=lambda entry: entry.start)
         # What is read together goes through any window.
         self._window += 2 * max(each.rows_together * row_bytes(each.entry) for each in self._passages.values())
+
+    @property
+    def n_bytes(self) -> int:
+        """Of the file that is read and of the next: both windows, and chunks on their way into them."""
+        return 2 * (self._window + 2 * self._limits.connections * CHUNK)
 
     def place(self, name: str, expert: int) -> tuple[int, int]:
         passage = self._passages[name, expert]

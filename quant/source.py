@@ -51,7 +51,13 @@ class DamagedStreamError(NetworkError):
 
 
 class Course(Protocol):
-    """The order in which a source has to be read, where it has one: as a stream that passes once."""
+    """The order in which a source has to be read, where it has one: as a stream that passes once.
+
+    `n_bytes` is what it has in memory at most.
+    """
+
+    @property
+    def n_bytes(self) -> int: ...
 
     def place(self, name: str, expert: int) -> tuple[int, int]:
         """Where a piece comes: pieces are read in the order of these."""

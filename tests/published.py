@@ -4,7 +4,9 @@ import contextlib
 import itertools
 import json
 import random
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +23,7 @@ from quant.source import Source
 
 REPO = "org/model"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-CHUNK, WINDOW = 1 << 14, 1 << 17
+CHUNK, WINDOW, HEADER_PIECE = 1 << 14, 1 << 17, 1000
 QUICK = Limits(idle_seconds=0.4, slow_seconds=0.4, tries=3, first_wait=0.01, longest_wait=0.02)
 DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
@@ -31,7 +33,7 @@ def make_small(patch: pytest.MonkeyPatch) -> None:
     for each in (fetcher, stream):
         patch.setattr(each, "CHUNK", CHUNK)
     patch.setattr(stream, "TICK_SECONDS", 0.01)
-    patch.setattr(remote, "FIRST_PIECE", 1000)
+    patch.setattr(remote, "FIRST_PIECE", HEADER_PIECE)
     patch.setattr(quantize, "CHUNK", 256 * 50)
 
 
@@ -50,9 +52,10 @@ def written(folder: Path, dtype: str = "BF16", shards: int = 1, seed: int = 4, *
     return made
 
 
-def publish(hub: Hub, folder: Path, patch: pytest.MonkeyPatch) -> None:
-    """All files of a folder; the environment leads to this hub."""
-    hub.repos[REPO] = {path.name: path.read_bytes() for path in folder.iterdir()}
+def publish(hub: Hub, folder: Path, patch: pytest.MonkeyPatch, mapped: Mapping[str, Any] | None = None) -> None:
+    """All files of a folder, some as what they are `mapped` to; the environment leads to this hub."""
+    files = mapped or {}
+    hub.repos[REPO] = {path.name: files.get(path.name) or path.read_bytes() for path in folder.iterdir()}
     hub.small = {name for name in hub.repos[REPO] if name.endswith(".json")}
     patch.setenv("HF_ENDPOINT", hub.url)
     patch.setenv("HF_TOKEN", TOKEN)
@@ -111,3 +114,20 @@ def stopped(out: Path, n_tensors: int) -> int:
 
 def left(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
+
+
+def asked_twice(hub: Hub, folder: Path) -> int:
+    """Chunks of weights that were asked for again, pieces of headers aside."""
+    answers = [seen for seen in hub.answers() if seen.path.endswith(".safetensors")]
+    spans = [(seen.start, seen.stop) for seen in answers if seen.start % CHUNK == 0 and seen.stop > HEADER_PIECE]
+    used = {seen.path.rpartition("/")[2] for seen in answers if seen.stop > HEADER_PIECE}
+    asked = sum(-(-stop // CHUNK) - start // CHUNK for start, stop in spans)
+    return asked - sum(-(-(folder / name).stat().st_size // CHUNK) for name in used)
+
+
+def most_twice(folder: Path, tensors: int) -> int:
+    """Chunks: so many of the largest tensors, what was fetched ahead of them in one file and the next, and one more for
+    each connection."""
+    arrays = [array for path in folder.glob("*.safetensors") for _, array in tensors_of(path.read_bytes()).values()]
+    head = 2 * 64 * 256 * arrays[0].itemsize  # of what is read together; the window grows by it
+    return (2 * (WINDOW + head) + tensors * max(array.nbytes for array in arrays)) // CHUNK + 2 * QUICK.connections
