@@ -127,7 +127,7 @@ def test_what_is_beyond_the_window_is_waited_for(hub: Hub) -> None:
 
 FAULTS: list[tuple[str, dict[str, Any]]] = [
     ("cut", {"at": 1_700_001, "times": 2}),
-    ("cut", {"times": 3}),
+    ("cut", {"times": 2}),
     ("rst", {"at": 1_500_000, "times": 2}),
     ("status", {"n": 503, "times": 2}),
     ("status", {"n": 429, "at": 2_000_000, "times": 1, "headers": {"Retry-After": "3600"}}),
