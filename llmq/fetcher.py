@@ -126,9 +126,8 @@ class Fetcher:
         with self.changed:
             wanted = self._limits.connections if self._ranged else 1
             wanted = min(wanted - len(self._running), len(self._todo))
-            if self.stopped:
-                wanted = 0
-        self._running += [self._pool.submit(self._work) for _ in range(wanted)]
+            if not self.stopped:
+                self._running += [self._pool.submit(self._work) for _ in range(wanted)]
         self._abort_slow()
         for each in self._running:
             if each.done():

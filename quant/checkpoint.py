@@ -1,7 +1,7 @@
 """A Hugging Face checkpoint folder: its configuration and its tensors, nothing of it executed or unpickled."""
 
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,22 +36,19 @@ class Checkpoint:
             drop_pages(mapped)
 
 
-def open_checkpoint(folder: Path, elsewhere: Callable[[str], dict[str, Stored]] | None = None) -> Checkpoint:
-    """Reads configurations and headers, and maps the weights, or asks for the tensors of each file `elsewhere`.
+def open_checkpoint(
+    folder: Path, elsewhere: Callable[[Sequence[str]], Iterable[dict[str, Stored]]] | None = None
+) -> Checkpoint:
+    """Reads configurations and headers, and maps the weights, or asks `elsewhere` for the tensors of each file.
 
     Raises FileFormatError where something is missing or damaged, UnsupportedError for pickles and other layouts.
     """
     shards = {SINGLE: None} if elsewhere and not (folder / INDEX).exists() else _shards(folder)
-    files, maps = [], []
+    files = [] if elsewhere else [locate(folder, shard) for shard in shards]
+    maps: list[mmap.mmap] = []
     tensors: dict[str, Stored] = {}
-    for shard, expected in shards.items():
-        if elsewhere:
-            found = elsewhere(shard)
-        else:
-            path = locate(folder, shard)
-            mapped, found = open_safetensors(path)
-            files.append(path)
-            maps.append(mapped)
+    opened = elsewhere(list(shards)) if elsewhere else _mapped(files, maps)
+    for (shard, expected), found in zip(shards.items(), opened, strict=True):
         _check_shard(shard, expected, found)
         tensors |= found
     optional = [name for name in (TOKENIZER_CONFIG, ADDED_TOKENS) if (folder / name).exists()]
@@ -69,12 +66,19 @@ def open_checkpoint(folder: Path, elsewhere: Callable[[str], dict[str, Stored]] 
     )
 
 
+def _mapped(files: list[Path], maps: list[mmap.mmap]) -> Iterator[dict[str, Stored]]:
+    for path in files:
+        mapped, found = open_safetensors(path)
+        maps.append(mapped)
+        yield found
+
+
 def _shards(folder: Path) -> dict[str, set[str] | None]:
     """The weight files, each with the names of the tensors that the index puts there (None: no index)."""
     if (folder / SINGLE).exists():
         return {SINGLE: None}
     if not (folder / INDEX).exists():
-        raise _no_weights(folder)
+        raise no_weights(folder.name, _names(folder))
     weight_map = parse_json(INDEX, read_file(locate(folder, INDEX), INDEX_LIMIT)).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise damaged(INDEX, "its weight_map does not lead from names to files")
@@ -94,16 +98,22 @@ def _check_shard(shard: str, expected: set[str] | None, found: dict[str, Stored]
         raise FileFormatError(f"{quoted(shard)} and {INDEX} disagree about tensor {quoted(name)}; download both again")
 
 
-def _no_weights(folder: Path) -> Exception:
+def _names(folder: Path) -> list[str]:
     try:
-        names = sorted(path.name for path in folder.iterdir())
+        return sorted(path.name for path in folder.iterdir())
     except OSError as error:
-        return UsageError(f"cannot read the folder {quoted(str(folder), 120)}: {error.strerror}; check the path")
+        raise UsageError(
+            f"cannot read the folder {quoted(str(folder), 120)}: {error.strerror}; check the path"
+        ) from error
+
+
+def no_weights(owner: str, names: Iterable[str]) -> UsageError | UnsupportedError:
+    """Why a folder or repository of these files is none that can be read."""
     if any(name.endswith(PICKLES) for name in names):
         return UnsupportedError(
-            f"{quoted(folder.name)} has its weights only as pickles, a format that can run code when it is read; "
+            f"{quoted(owner)} has its weights only as pickles, a format that can run code when it is read; "
             "get the safetensors files of this model"
         )
     if any(name.startswith("consolidated") for name in names):
-        return UnsupportedError(f"{quoted(folder.name)} has only consolidated weights; llmq reads {SINGLE} or {INDEX}")
-    return UsageError(f"{quoted(str(folder))} has neither {SINGLE} nor {INDEX}; give the folder of a checkpoint")
+        return UnsupportedError(f"{quoted(owner)} has only consolidated weights; llmq reads {SINGLE} or {INDEX}")
+    return UsageError(f"{quoted(owner)} has neither {SINGLE} nor {INDEX}; give a checkpoint's folder or repository")

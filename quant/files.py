@@ -20,15 +20,18 @@ def damaged(name: str, what: str) -> FileFormatError:
     return FileFormatError(f"{quoted(name)} is damaged: {what}; download or make it again")
 
 
+def check_name(owner: str, name: str) -> None:
+    """Whether a name that `owner` gives for one of its files can be nothing else."""
+    if not SAFE_NAME.fullmatch(name):
+        raise FileFormatError(f"{quoted(owner)} asks for a file named {quoted(name)}, which is not a plain file name")
+
+
 def locate(folder: Path, name: str) -> Path:
     """The real path of a file in `folder`, which no separator and no link leads out of.
 
     A Hugging Face cache keeps a snapshot's files as links into its `blobs`; those are followed.
     """
-    if not SAFE_NAME.fullmatch(name):
-        raise FileFormatError(
-            f"{quoted(folder.name)} asks for a file named {quoted(name)}, which is not a plain file name"
-        )
+    check_name(folder.name, name)
     folder = folder.resolve()
     try:
         real = (folder / name).resolve(strict=True)

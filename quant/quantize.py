@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from llmq.errors import UsageError
+from llmq.errors import FileFormatError, UnsupportedError, UsageError
 from llmq.formats import Format
 from llmq.gguf import GGUFWriter, TensorSpec, quoted
 from llmq.jit import source_stamp
@@ -158,16 +158,28 @@ def _write(
     results = run(chunk for piece in left for chunk in _chunks(piece, guides, rounds))
     for piece in left:
         writer.turn_to(piece.spec.name, piece.place[0])
-        note = _write_piece(piece, writer, results, source)
-        if course:
-            try:
-                note["kept"] = course.end(piece.spec.name, piece.expert)
-            except DamagedStreamError as error:
-                writer.keep(sum(course.place(each.spec.name, each.expert) < (error.shard, 0) for each in pieces))
-                raise
+        try:
+            note = _checked_piece(piece, writer, results, source)
+        except DamagedStreamError as error:
+            assert course
+            writer.keep(sum(course.place(each.spec.name, each.expert) < (error.shard, 0) for each in pieces))
+            raise
         writer.record(note)
         yield from tally.add(piece, note, resumed=False)
     return tally.notes
+
+
+def _checked_piece(piece: Piece, writer: GGUFWriter, results: Iterator[_Encoded], source: Source) -> Note:
+    """A piece, and that it arrived as it was announced, as far as that is known by now."""
+    course = source.course
+    try:
+        note = _write_piece(piece, writer, results, source)
+    except (FileFormatError, UnsupportedError):
+        # Weights that cannot be may have become so on their way.
+        if course:
+            course.check(piece.spec.name, piece.expert)
+        raise
+    return note | {"kept": course.end(piece.spec.name, piece.expert)} if course else note
 
 
 def _write_piece(piece: Piece, writer: GGUFWriter, results: Iterator[_Encoded], source: Source) -> Note:
@@ -232,12 +244,15 @@ def in_order(
 def predicted_memory(source: Source, n_threads: int) -> int:
     """Bytes that this process has at its peak, most of them once: the interpreter and what compiles the encoders.
 
-    The rest: chunks being encoded, encoded chunks in the queue, source pages not yet let go, and the vocabulary.
+    The rest: chunks being encoded, encoded chunks in the queue, source pages not yet let go, or what a stream holds and
+    copies of it, and the vocabulary.
     """
     chunk = max(max(CHUNK, weights.shape[-1]) for weights in source.weights)
     n_texts = sum(len(value) for value in source.metadata.values() if isinstance(value, list))
-    per_weight = n_threads * WORKING_BYTES + (2 * n_threads + 1 + n_threads + RELEASED_CHUNKS) * 4
-    return BASE_BYTES + chunk * per_weight + n_texts * TEXT_BYTES
+    read = 2 * n_threads if source.course else RELEASED_CHUNKS
+    per_weight = n_threads * WORKING_BYTES + (2 * n_threads + 1 + n_threads + read) * 4
+    streams = source.course.n_bytes if source.course else 0
+    return BASE_BYTES + chunk * per_weight + streams + n_texts * TEXT_BYTES
 
 
 def check_memory(source: Source, n_threads: int) -> None:

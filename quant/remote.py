@@ -1,19 +1,21 @@
 """A checkpoint that stays where it is published: its small files are read, and its weights pass as a stream.
 
 Each tensor is read once, in the order of the files. The sha256 of every file is checked when its last tensor has
-passed, however often the reading was stopped before.
+passed, however often the reading was stopped before; headers, which are read beforehand, are compared with those that
+pass.
 """
 
 import tempfile
 import threading
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from llmq.ask import read_piece
-from llmq.errors import FileFormatError, UnsupportedError
-from llmq.fetcher import LIMITS, Limits, Remote
+from llmq.errors import FileFormatError, quoted
+from llmq.fetcher import CHUNK, LIMITS, Limits, Remote
 from llmq.hub import Snapshot, read_small, remote_file
 from quant.checkpoint import (
     ADDED_TOKENS,
@@ -21,18 +23,19 @@ from quant.checkpoint import (
     CONFIG_LIMIT,
     INDEX,
     INDEX_LIMIT,
-    PICKLES,
     SINGLE,
     TOKENIZER_CONFIG,
     Checkpoint,
+    no_weights,
     open_checkpoint,
 )
+from quant.files import check_name
 from quant.names import read_hf_config, tensor_map
 from quant.safetensors import DTYPES, Entry, Stored, header_bytes, read_header
 from quant.sha256 import Sha256
 from quant.source import DamagedStreamError, Source, read_checkpoint
-from quant.stream import Stream
-from quant.vocab import MODEL, MODEL_LIMIT
+from quant.stream import WINDOW, Stream
+from quant.vocab import MODEL, MODEL_LIMIT, no_model
 
 SMALL_FILES = {
     CONFIG: CONFIG_LIMIT, TOKENIZER_CONFIG: CONFIG_LIMIT, ADDED_TOKENS: CONFIG_LIMIT, MODEL: MODEL_LIMIT,
@@ -41,51 +44,55 @@ SMALL_FILES = {
 FIRST_PIECE = 1 << 20
 
 
-def open_remote(found: Snapshot, limits: Limits = LIMITS) -> Source:
-    """What is at a commit of a repository, to be quantized as it arrives.
+def open_remote(found: Snapshot, limits: Limits = LIMITS, window: int = WINDOW) -> Source:
+    """What is at a commit of a repository, to be quantized as it arrives, about `window` bytes ahead.
 
     Raises what open_source() does of a folder with these files, and NetworkError.
     """
     name = found.repo.rpartition("/")[2]
-    course = StreamCourse(limits)
+    _check_files(found)
+    course = StreamCourse(limits, window)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / name
         folder.mkdir()
         for small, limit in SMALL_FILES.items():
-            if small in found.files:
+            if small in found.files and not (small == INDEX and SINGLE in found.files):
                 (folder / small).write_bytes(read_small(found, small, limit, limits))
-        _check_weights(found)
-        checkpoint = open_checkpoint(folder, elsewhere=lambda shard: course.add(shard, _shard(found, shard)))
+        checkpoint = open_checkpoint(folder, elsewhere=lambda shards: _headers(found, shards, course))
         metadata, weights, _ = read_checkpoint(checkpoint, name)
     course.arrange(checkpoint)
-    identity = f"{found.repo}@{found.commit} {' '.join(shard.remote.sha256 for shard in course.shards)}"
+    identity = " ".join([f"{found.repo}@{found.commit}", *(each.remote.sha256 + each.header for each in course.shards)])
     return Source(found.repo, found.commit, identity, metadata, weights, (), lambda: None, course)
 
 
-def _check_weights(found: Snapshot) -> None:
+def _check_files(found: Snapshot) -> None:
     if SINGLE not in found.files and INDEX not in found.files:
-        if any(file.endswith(PICKLES) for file in found.files):
-            raise UnsupportedError(
-                f"{found.repo} has its weights only as pickles, a format that can run code when it is read"
-            )
-        raise FileFormatError(f"{found.repo} has neither {SINGLE} nor {INDEX}; is it a model's repository?")
+        raise no_weights(found.repo, found.files)
+    if MODEL not in found.files:
+        raise no_model(found.repo)
 
 
-def _shard(found: Snapshot, name: str) -> Remote:
-    file = found.files.get(name)
-    if not file or not file.sha256:
-        what = "does not tell the sha256 of" if file else "does not have"
-        raise FileFormatError(f"{found.repo} {what} {name}, which its index names; it cannot be read safely")
-    return remote_file(found, file)
+def _headers(found: Snapshot, shards: Sequence[str], course: "StreamCourse") -> Iterator[dict[str, Stored]]:
+    """The tensors of each file; none is asked for where one could not be checked."""
+    for name in shards:
+        check_name(found.repo, name)
+        file = found.files.get(name)
+        if not file or not file.sha256:
+            what = "does not tell the sha256 of" if file else "has no"
+            raise FileFormatError(f"{found.repo} {what} {quoted(name)}, which holds weights; it cannot be read safely")
+    for name in shards:
+        yield course.add(name, remote_file(found, found.files[name]))
 
 
 @dataclass(slots=True)
 class Shard:
-    """A file of tensors: those that are used, in its order."""
+    """A file of tensors, those that are `used` in its order; `header` is the state of its hash where they begin."""
 
     name: str
     remote: Remote
     entries: dict[str, Entry]
+    header: str
+    used: list[Entry] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +108,9 @@ class Passage:
 class StreamCourse:
     """Reads the files one after the other, each through a stream of its own."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, window: int) -> None:
         self.shards: list[Shard] = []
-        self._limits = limits
+        self._limits, self._window = limits, window
         self._passages: dict[tuple[str, int], Passage] = {}
         self._lock = threading.Lock()
         self._streams: dict[int, Stream] = {}
@@ -117,8 +124,9 @@ class StreamCourse:
         if end > n_first:
             head += read_piece(remote, n_first, end, self._limits)
         entries = read_header(name, head[8:end], remote.n_bytes)
-        number = len(self.shards)
-        self.shards.append(Shard(name, remote, entries))
+        header, number = Sha256(), len(self.shards)
+        header.update(head[:end])
+        self.shards.append(Shard(name, remote, entries, header.kept))
         return {key: Stored(e.dtype, e.shape, StreamedRows(self, number, e)) for key, e in entries.items()}
 
     def arrange(self, checkpoint: Checkpoint) -> None:
@@ -128,10 +136,18 @@ class StreamCourse:
             n_rows = placement.shape[0] if len(placement.shape) > 1 else 1
             together = n_rows // placement.rotary_heads if placement.rotary_heads else 1
             for expert, source in enumerate(placement.sources):
-                self._passages[placement.name, expert] = Passage(*places[source], expert * n_rows, together)
-        used = {(passage.shard, passage.entry.start) for passage in self._passages.values()}
-        for i, shard in enumerate(self.shards):
-            shard.entries = {name: entry for name, entry in shard.entries.items() if (i, entry.start) in used}
+                passage = Passage(*places[source], expert * n_rows, together)
+                self._passages[placement.name, expert] = passage
+                self.shards[passage.shard].used.append(passage.entry)
+        for shard in self.shards:
+            shard.used.sort(key=lambda entry: entry.start)
+        # What is read together goes through any window.
+        self._window += 2 * max(each.rows_together * row_bytes(each.entry) for each in self._passages.values())
+
+    @property
+    def n_bytes(self) -> int:
+        """Of the file that is read and of the next: both windows, and chunks on their way into them."""
+        return 2 * (self._window + 2 * self._limits.connections * CHUNK)
 
     def place(self, name: str, expert: int) -> tuple[int, int]:
         passage = self._passages[name, expert]
@@ -151,19 +167,21 @@ class StreamCourse:
     def end(self, name: str, expert: int) -> str:
         passage = self._passages[name, expert]
         shard, stream = self.shards[passage.shard], self._stream(passage.shard)
-        if passage.entry.end < max(entry.end for entry in shard.entries.values()):
-            stream.release(passage.entry.end)
-            return stream.state_at(passage.entry.end)
+        if passage.entry is shard.used[-1]:
+            self.check(name, expert)
+            self._close(passage.shard)
+            return ""
+        stream.release(next(entry.start for entry in shard.used if entry.start >= passage.entry.end))
+        self._check_header(passage.shard)
+        return stream.state_at(passage.entry.end)
+
+    def check(self, name: str, expert: int) -> None:
+        number = self._passages[name, expert].shard
+        shard, stream = self.shards[number], self._stream(number)
         stream.release(shard.remote.n_bytes)
-        digest = stream.sha256()
-        if digest != shard.remote.sha256:
-            raise DamagedStreamError(
-                f"{shard.name} arrived damaged: its sha256 is not what was announced; the same command goes on before "
-                "that file",
-                passage.shard,
-            )
-        self._close(passage.shard)
-        return ""
+        self._check_header(number)
+        if stream.sha256() != shard.remote.sha256:
+            raise self._damaged(number)
 
     def close(self) -> None:
         with self._lock:
@@ -185,9 +203,25 @@ class StreamCourse:
                 self._streams[shard] = self._open(shard, "")
             return self._streams[shard]
 
-    def _open(self, shard: int, kept: str) -> Stream:
-        marks = sorted(entry.end for entry in self.shards[shard].entries.values())
-        return Stream(self.shards[shard].remote, Sha256(kept).n_bytes, kept, marks, self._limits)
+    def _open(self, number: int, kept: str) -> Stream:
+        shard, start = self.shards[number], Sha256(kept).n_bytes
+        marks = [Sha256(shard.header).n_bytes, *(entry.end for entry in shard.used)]
+        stream = Stream(shard.remote, start, kept, marks, self._limits, self._window)
+        stream.release(next(entry.start for entry in shard.used if entry.start >= start))
+        return stream
+
+    def _check_header(self, number: int) -> None:
+        """What was believed of the file's header is what came; one that goes on has been compared before."""
+        shard, stream = self.shards[number], self._stream(number)
+        if stream.start == 0 and stream.state_at(Sha256(shard.header).n_bytes) != shard.header:
+            raise self._damaged(number)
+
+    def _damaged(self, number: int) -> DamagedStreamError:
+        return DamagedStreamError(
+            f"{self.shards[number].name} arrived damaged: its sha256 is not what was announced; the same command goes "
+            "on before that file",
+            number,
+        )
 
     def _close(self, shard: int) -> None:
         with self._lock:

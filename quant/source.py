@@ -51,7 +51,13 @@ class DamagedStreamError(NetworkError):
 
 
 class Course(Protocol):
-    """The order in which a source has to be read, where it has one: as a stream that passes once."""
+    """The order in which a source has to be read, where it has one: as a stream that passes once.
+
+    `n_bytes` is what it has in memory at most.
+    """
+
+    @property
+    def n_bytes(self) -> int: ...
 
     def place(self, name: str, expert: int) -> tuple[int, int]:
         """Where a piece comes: pieces are read in the order of these."""
@@ -64,6 +70,9 @@ class Course(Protocol):
 
     def end(self, name: str, expert: int) -> str:
         """A piece is read to its end. Raises DamagedStreamError where what came is not what was announced."""
+
+    def check(self, name: str, expert: int) -> None:
+        """Reads on past this piece as far as it takes to know of it what end() would in the end."""
 
     def close(self) -> None:
         """Nothing more is read."""

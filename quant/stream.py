@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from llmq.fetcher import CHUNK, LIMITS, Fetcher, Limits, Remote
 from quant.sha256 import Sha256
 
-# Bytes in memory at most: what is read by several threads at a time, and enough more to keep connections busy.
+# Bytes in memory at most: what several threads read at a time, and enough more to keep connections busy.
 WINDOW = 64 << 20
 TICK_SECONDS = 0.1
 
@@ -20,14 +20,14 @@ TICK_SECONDS = 0.1
 class Stream:
     """Bytes of `remote` from `start` on, by any threads, until close(). `kept` is the state of the hash there.
 
-    At each of the `marks`, ascending offsets, the state of the hash is kept too. Raises NetworkError where nothing
-    arrives any more.
+    At each of the `marks`, ascending offsets, the state of the hash is kept too. The `window` is at least a chunk.
+    Raises NetworkError where nothing arrives any more.
     """
 
     def __init__(
         self, remote: Remote, start: int, kept: str, marks: Sequence[int], limits: Limits = LIMITS, window: int = WINDOW
     ) -> None:
-        self._remote, self._start, self._sha256 = remote, start, Sha256(kept)
+        self.start, self._remote, self._sha256 = start, remote, Sha256(kept)
         self._marks = deque(mark for mark in marks if mark > start)
         self._states: dict[int, str] = {start: kept}
         self._chunks: dict[int, bytes] = {}
@@ -40,10 +40,10 @@ class Stream:
         self._hashing = self._pool.submit(self._hash)
 
     def read(self, start: int, end: int) -> bytes:
-        """Waits for these bytes, none of which may be released, and which fit into the window."""
+        """Waits for these bytes, none of which may be released; for those beyond the window, until it comes there."""
         numbers = range(start // CHUNK, -(-end // CHUNK))
         with self._fetcher.changed:
-            assert self._released <= start < end <= self._released + self._window, (self._released, start, end)
+            assert self._released <= start < end, (self._released, start, end)
             while not all(number in self._chunks for number in numbers):
                 self._wait()
             pieces = [self._chunks[number] for number in numbers]
@@ -81,7 +81,9 @@ class Stream:
         self._fetcher.changed.wait()
 
     def _put(self, index: int, data: memoryview) -> None:
-        self._chunks[index] = bytes(data)
+        # A server that ignores ranges sends what comes before the start, too.
+        if index >= self.start // CHUNK:
+            self._chunks[index] = bytes(data)
 
     def _reach(self) -> int:
         return (min(self._released, self._hashed) + self._window) // CHUNK

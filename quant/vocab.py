@@ -44,9 +44,7 @@ def vocab_metadata(checkpoint: Checkpoint, vocab_size: int) -> tuple[dict[str, A
     Raises UnsupportedError where there is no SentencePiece model, FileFormatError where it is damaged or too large.
     """
     if not (checkpoint.folder / MODEL).exists():
-        raise UnsupportedError(
-            f"{quoted(checkpoint.folder.name)} has no {MODEL}; llmq quantizes models with a SentencePiece vocabulary"
-        )
+        raise no_model(checkpoint.folder.name)
     path = locate(checkpoint.folder, MODEL)
     vocab, special_keys = _read(path, vocab_size)
     for token_id, text, special in _added(checkpoint, vocab_size):
@@ -63,6 +61,10 @@ def vocab_metadata(checkpoint: Checkpoint, vocab_size: int) -> tuple[dict[str, A
         "tokenizer.ggml.token_type": np.array(vocab.types, np.int32),
     }
     return keys | special_keys | _behaviour(checkpoint.tokenizer_config), path
+
+
+def no_model(owner: str) -> UnsupportedError:
+    return UnsupportedError(f"{quoted(owner)} has no {MODEL}; llmq quantizes models with a SentencePiece vocabulary")
 
 
 def _read(path: Path, vocab_size: int) -> tuple[Vocab, dict[str, Any]]:

@@ -230,6 +230,7 @@ WAYS: dict[str, Callable[["Handler", Answer, Fault], None]] = {
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # answers would wait for the acknowledgement of their head
     timeout = LONGEST_WAIT
     server: "Server"
     seen: Seen

@@ -2,21 +2,26 @@
 
 import json
 import math
+import mmap
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from checkpoints import hf_config, hf_shapes, write_checkpoint
+from hub import Hub
+from published import publish
 
 from llmq.errors import ResourceError
 from llmq.formats import F32
 from llmq.gguf import GGUFWriter, TensorSpec
 from quant import calibrate
 from quant import quantize as module
+from quant.files import map_file
 from quant.guide import Running
 from quant.quantize import predicted_memory, quantize
 from quant.source import open_source
+from quant.stream import WINDOW
 
 # One tensor, the embedding, is 600 MB in F32; the file has no blocks on disk.
 LARGE = {"vocab_size": 150_000, "hidden_size": 1024, "num_hidden_layers": 1, "tie_word_embeddings": True}
@@ -36,17 +41,22 @@ print(predicted, int(re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status")
 def empty_checkpoint(folder: Path) -> Path:
     """All weights are zeros that take no room."""
     write_checkpoint(folder)
-    config, header, at = hf_config(**LARGE), {}, 0
-    for name, shape in hf_shapes(config).items():
+    config = hf_config(**LARGE)
+    (folder / "config.json").write_text(json.dumps(config))
+    write_empty(folder / "model.safetensors", hf_shapes(config))
+    return folder
+
+
+def write_empty(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    header, at = {}, 0
+    for name, shape in shapes.items():
         end = at + 4 * math.prod(shape)
         header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [at, end]}
         at = end
     raw = json.dumps(header).encode()
-    (folder / "config.json").write_text(json.dumps(config))
-    with (folder / "model.safetensors").open("wb") as file:
+    with path.open("wb") as file:
         file.write(len(raw).to_bytes(8, "little") + raw)
         file.truncate(8 + len(raw) + at)
-    return folder
 
 
 def empty_gguf(path: Path) -> Path:
@@ -67,6 +77,60 @@ def test_the_peak_is_below_the_prediction(tmp_path: Path, make) -> None:
     predicted, peak = map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
     (tmp_path / "out.gguf").unlink()
     assert peak < predicted < 600e6
+
+
+# The same of weights that arrive over the network, and how many bytes the streams held together.
+STREAMED = """
+import re, sys
+from pathlib import Path
+from llmq.hub import snapshot
+from quant.quantize import predicted_memory, quantize
+from quant.remote import open_remote
+from quant.stream import Stream
+source = open_remote(snapshot("org/model"))
+streams, held, put = set(), [0], Stream._put
+def counted(self, index, data):
+    put(self, index, data)
+    streams.add(self)
+    held.append(sum(len(chunk) for stream in streams for chunk in list(stream._chunks.values())))
+Stream._put = counted
+for _ in quantize(source, Path(sys.argv[1]), "q8_0", threads=2):
+    pass
+peak = int(re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1]) << 10
+print(predicted_memory(source, 2), peak, source.course.n_bytes, max(held))
+"""
+
+
+def empty_shards(folder: Path) -> dict[str, mmap.mmap]:
+    """The embedding in one file and all else in another, 160 MB each."""
+    write_checkpoint(folder)
+    config = hf_config(**LARGE | {"vocab_size": 40_000, "tie_word_embeddings": False})
+    (folder / "config.json").write_text(json.dumps(config))
+    shapes = hf_shapes(config)
+    first = "model.embed_tokens.weight"
+    parts = {"a.safetensors": {first: shapes.pop(first)}, "b.safetensors": shapes}
+    weight_map = {name: file for file, tensors in parts.items() for name in tensors}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "model.safetensors").unlink()
+    for file, tensors in parts.items():
+        write_empty(folder / file, tensors)
+    return {file: map_file(folder / file) for file in parts}
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux to tell a process's peak")
+def test_the_peak_of_a_stream_is_below_the_prediction(hub: Hub, tmp_path: Path, monkeypatch) -> None:
+    folder = tmp_path / "model"
+    large = empty_shards(folder)
+    publish(hub, folder, monkeypatch, large)
+    command = [sys.executable, "-c", STREAMED, str(tmp_path / "out.gguf")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    predicted, peak, streams, held = map(int, done.split())
+    assert peak < predicted < 600e6
+    assert WINDOW // 2 < held <= streams < 3 * WINDOW
+    assert (
+        predicted - predicted_memory(open_source(folder), 2)
+        == streams - (module.RELEASED_CHUNKS - 4) * 4 * module.CHUNK
+    )
 
 
 # The same with guides of a run of the model: the memory of both, which have one compiler and one vocabulary.
