@@ -130,7 +130,8 @@ def checked(url: str) -> SplitResult:
     except ValueError:
         known = False
     if not known or not url.isascii() or any(c <= " " or c == "\x7f" for c in url):
-        raise NetworkError(f"{quoted(url)} is not an address that llmq can fetch from")
+        # What is behind the ? may be a secret.
+        raise NetworkError(f"{quoted(url.partition('?')[0])} is not an address that llmq can fetch from")
     return parts
 
 
