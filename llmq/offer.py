@@ -15,8 +15,11 @@ from llmq.hub import HubFile, Snapshot, refuse_offline, remote_file
 from llmq.reference import Url
 from llmq.store import NAME, SUFFIX
 
-# Of a file's name the last word is its type: Mistral-7B-Instruct-v0.3-Q4_K_M.gguf, mixtral.IQ4_XS.gguf, nemo-f16.gguf.
-TYPE = re.compile(r"(?:^|[-._])(I?Q[1-8](?:_[A-Z0-9]+)*|B?F16|F?P?16|F32)$", re.IGNORECASE)
+# Of a file's name the last word is its type: Mistral-7B-Instruct-v0.3-Q4_K_M.gguf, mixtral.IQ4_XS.gguf, nemo-f16.gguf,
+# and some write devstralQ4_K_M.gguf.
+TYPE = re.compile(
+    r"(?:^|[-._]|(?<=[a-z])(?=I?Q[1-8]_|B?FP?16))(I?Q[1-8](?:_[A-Z0-9]+)*|BF16|FP?16|FP?32)$", re.IGNORECASE
+)
 SPLIT = re.compile(r"-\d{5}-of-\d{5}$")
 # What lies beside models and is none.
 OTHERS = re.compile(r"(^|[-._/])(mmproj|imatrix|lora|adapter|vocab)([-._]|$)", re.IGNORECASE)
@@ -46,8 +49,7 @@ def offers_of(found: Snapshot) -> dict[str, HubFile]:
 def type_of(name: str) -> str:
     """The type that a file's name ends in, in lower case; "" where it does not say."""
     match = TYPE.search(PurePosixPath(name).stem)
-    kind = match[1].lower() if match else ""
-    return "f16" if kind in ("fp16", "16") else kind
+    return match[1].lower().replace("fp", "f") if match else ""
 
 
 def choose(found: Snapshot, wanted: Sequence[str], *, exact: bool) -> Offer:
