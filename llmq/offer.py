@@ -82,7 +82,7 @@ def offer_at(url: Url, limits: Limits = LIMITS) -> Offer:
 def _nothing(found: Snapshot, files: dict[str, HubFile], wanted: str) -> str:
     if files:
         return f"{found.repo} has no {wanted}; it has {', '.join(sorted(filter(None, files)))}"
-    if any(SPLIT.search(PurePosixPath(name).stem) for name in found.files):
+    if any(name.lower().endswith(SUFFIX) and SPLIT.search(PurePosixPath(name).stem) for name in found.files):
         return f"the GGUF files of {found.repo} are in parts, which llmq does not read; try --from-source"
     if any(name.endswith(".safetensors") for name in found.files):
         return f"{found.repo} has no GGUF files; --from-source makes one of its weights"
