@@ -24,6 +24,8 @@ SPLIT = re.compile(r"-\d{5}-of-\d{5}$")
 # What lies beside models and is none.
 OTHERS = re.compile(r"(^|[-._/])(mmproj|imatrix|lora|adapter|vocab)([-._]|$)", re.IGNORECASE)
 FIRST_PIECE = 1 << 20
+# Of a long name for the store this much is left, and so much of it from its end.
+LONGEST, TAIL = 64, 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +93,10 @@ def _nothing(found: Snapshot, files: dict[str, HubFile], wanted: str) -> str:
 
 def store_name(label: str, kind: str = "") -> str:
     """A name for the store made of another one. UsageError where nothing of it can stay."""
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{label}-{kind}" if kind else label).lstrip("._-")[:64].rstrip(".-")
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{label}-{kind}" if kind else label).strip("._-")
+    if len(name) > LONGEST:
+        # Its end tells the type.
+        name = f"{name[: LONGEST - TAIL]}{name[-TAIL:]}"
     if not NAME.fullmatch(name):
         raise UsageError(f"{quoted(label)} cannot be a model's name here; give one with --name")
     return name
