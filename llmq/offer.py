@@ -107,17 +107,15 @@ def peek(offer: Offer, limits: Limits = LIMITS) -> tuple[dict[str, Any], dict[st
 
     Raises FileFormatError and UnsupportedError as open_gguf does, and NetworkError.
     """
-    n_bytes = FIRST_PIECE
+    head, total = b"", offer.remote.n_bytes
+    if not total:
+        raise FileFormatError(f"{quoted(offer.file)} is empty; choose another file")
     while True:
-        n_bytes = min(n_bytes, offer.remote.n_bytes)
-        if not n_bytes:
-            raise FileFormatError(f"{quoted(offer.file)} is empty; choose another file")
-        head = read_piece(offer.remote, 0, n_bytes, limits)
+        head += read_piece(offer.remote, len(head), min(max(FIRST_PIECE, 4 * len(head)), total), limits)
         if head[:4] != MAGIC:
             raise FileFormatError(f"{quoted(offer.file)} is not a GGUF file; choose another one")
         try:
-            return read_header(Header(head, quoted(offer.file), offer.remote.n_bytes))
+            return read_header(Header(head, quoted(offer.file), total))
         except CutShortError:
-            if n_bytes >= min(offer.remote.n_bytes, HEADER_LIMIT):
+            if len(head) >= min(total, HEADER_LIMIT):
                 raise
-        n_bytes *= 4
