@@ -17,6 +17,7 @@ from llmq.store import SUFFIX, make_private, model_path
 if TYPE_CHECKING:
     from llmq.config import ModelConfig
     from llmq.gguf_header import TensorInfo
+    from llmq.gguf import GGUF
     from llmq.offer import Offer
     from llmq.reference import Published, Repo, Url
     from quant.size import Size
@@ -210,6 +211,7 @@ def take_local(path: Path, name: str | None, kind: str | None) -> None:
     from cli.store import import_model
 
     if path.is_dir():
+    from llmq.gguf import open_gguf
         quantize(path, model_path(name) if name else None, kind or DEFAULT_TYPE)
     elif kind:
         raise UsageError(
@@ -219,6 +221,8 @@ def take_local(path: Path, name: str | None, kind: str | None) -> None:
         import_model(str(path), name or "")
 
 
+    with open_gguf(source) as gguf:
+        check_runs(gguf)
 # ---- fetching
 def download(target: Target, offer: "Offer", context: int | None, *, force: bool) -> None:
     """Fetches what is judged to work here, and compiles for it meanwhile."""
@@ -231,7 +235,7 @@ def download(target: Target, offer: "Offer", context: int | None, *, force: bool
     if target.path.exists():
         note(f"{target.name} is replaced when the new one is there: it differs from {one_line(offer.origin, 120)}")
     metadata, tensors = peek(offer)
-    config = check_runs(offer, metadata, tensors)
+    config = check_runs(GGUF(Path(offer.file), metadata, tensors, None))
     part = part_paths(target.path)[0]
     already = part.stat().st_blocks * 512 if part.is_file() and hasattr(part.stat(), "st_blocks") else 0
     check_fit(judge_download(sized(offer, config, tensors), context, target.path.parent, already), force)
@@ -243,16 +247,15 @@ def download(target: Target, offer: "Offer", context: int | None, *, force: bool
     note(f"{size(done.total)} of {one_line(offer.origin, 120)}; {vouched}")
 
 
-def check_runs(offer: "Offer", metadata: "dict[str, object]", tensors: "dict[str, TensorInfo]") -> "ModelConfig":
-    """Refuses what could not be run, before it is fetched."""
-    from llmq.config import check_tensors, read_config
+def check_runs(gguf: "GGUF") -> "ModelConfig":
+    """Refuses what could not be run, by its header alone."""
     from llmq.gguf import GGUF
+    from llmq.config import check_tensors, read_config
     from llmq.tokenizer import load_tokenizer
 
-    header = GGUF(Path(offer.file), metadata, tensors, None)
-    config = read_config(header)
-    check_tensors(header, config)
-    load_tokenizer(metadata)
+    config = read_config(gguf)
+    check_tensors(gguf, config)
+    load_tokenizer(gguf.metadata)
     return config
 
 
