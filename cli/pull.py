@@ -179,7 +179,9 @@ def is_there(target: Target, offer: "Offer") -> bool:
         return record is not None and record.origin == offer.origin
     if record:
         return record.sha256 == remote.sha256
-    if sha256_of(target.path) != remote.sha256:
+    with show_bytes(f"reading {target.name}", remote.n_bytes) as on_bytes:
+        sha256 = sha256_of(target.path, on_bytes)
+    if sha256 != remote.sha256:
         return False
     write_record(target.path, remote.sha256, offer.origin)
     return True
@@ -187,6 +189,7 @@ def is_there(target: Target, offer: "Offer") -> bool:
 
 def take_from_elsewhere(target: Target, offer: "Offer") -> bool:
     """Links or copies the file where another program has it."""
+    from cli.progress import show_bytes
     from cli.progress import show_bytes
     from llmq.elsewhere import find_by_sha256, link_or_copy
     from llmq.records import drop_record, write_record
