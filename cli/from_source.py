@@ -17,11 +17,16 @@ def quantize_published(
     """Quantizes what a repository holds into a file of the store. A file that arrived damaged is read once more."""
     from llmq.files import sha256_of
     from llmq.jit import compile_log
-    from llmq.records import drop_record, write_record
+    from llmq.records import current_record, drop_record, write_record
     from quant.quantize import quantize
     from quant.remote import open_remote
     from quant.source import DamagedStreamError
 
+    origin = f"{found.repo}@{found.commit}, quantized as {kind}{', --fast' if fast else ''}"
+    record = current_record(target)
+    if record and record.origin == origin:
+        note(f"{target.stem} is there already, made of {one_line(found.repo, 60)}")
+        return
     compile_log.listener = show_compiling
     judge(found, target.parent, kind, context, force=force)
     title = f"{one_line(found.repo, 60)} to {kind}"
@@ -31,7 +36,7 @@ def quantize_published(
         note(f"{one_line(str(error), 160)}: now")
         follow(quantize(open_remote(found), target, kind, fast=fast), title)
     drop_record(target)
-    write_record(target, sha256_of(target), f"{found.repo}@{found.commit}, quantized as {kind}")
+    write_record(target, sha256_of(target), origin)
     note(f"{size(target.stat().st_size)} made of {one_line(found.repo, 60)}; the sha256 of all its files was checked")
 
 

@@ -3,7 +3,7 @@
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import TYPE_CHECKING
 
 from cli.screen import is_terminal, note, one_line, size, status
@@ -77,10 +77,20 @@ def describe(report: "TensorReport") -> str:
     )
 
 
-def show_transfer(events: "Iterator[Progress]", title: str) -> "Progress":
-    """The last of them. On a terminal a bar with rate and time left; elsewhere a line now and then."""
-    if is_terminal(sys.stderr):
-        return _show_bar(events, title)
+def show_transfer(transfer: "Generator[Progress]", title: str) -> "Progress":
+    """The last of them. On a terminal a bar with rate and time left; elsewhere a line now and then.
+
+    Stopped before, it leaves what has come for another run.
+    """
+    try:
+        with contextlib.closing(transfer) as events:
+            return _show_bar(events, title) if is_terminal(sys.stderr) else _show_lines(events, title)
+    except (KeyboardInterrupt, SystemExit):
+        note("stopped; the same command goes on from here")
+        raise
+
+
+def _show_lines(events: "Iterator[Progress]", title: str) -> "Progress":
     start, told = time.monotonic(), 0.0
     last = None
     for last in events:

@@ -10,18 +10,24 @@ import typer
 
 from cli import options
 from cli.progress import show_transfer
+from cli.quantize import checked_preset
 from cli.screen import note, one_line, size
 from llmq.errors import NetworkError, UnsupportedError, UsageError
-from llmq.store import SUFFIX, make_private, model_path
+from llmq.store import BUNDLED, SUFFIX, make_private, model_path
 
 if TYPE_CHECKING:
     from llmq.config import ModelConfig
+    from llmq.gguf import GGUF
     from llmq.gguf_header import TensorInfo
     from llmq.offer import Offer
     from llmq.reference import Published, Repo, Url
     from quant.size import Size
 
 DEFAULT_TYPE = "q4_k_m"
+# Of a repository without it, the first of these that it has.
+FETCHED = (
+    DEFAULT_TYPE, "q4_k_s", "q4_k_l", "iq4_xs", "q4_0", "q5_k_m", "q5_k_s", "q6_k", "q8_0", "q3_k_l", "q3_k_m", "f16",
+)  # fmt: skip
 
 
 def complete_published(incomplete: str) -> list[str]:
@@ -73,20 +79,22 @@ def pull(
     from llmq.reference import Local, Published, Url, parse_reference
 
     wanted = parse_reference(options.utf8(model))
+    if name:
+        check_name(name)
+    if fast and not from_source:
+        raise UsageError("--fast goes with --from-source; what is fetched is as it is, and `llmq quantize` has its own")
+    if from_source and isinstance(wanted, Local | Url):
+        raise UsageError("--from-source takes a model's name or org/repo, not an address or a path")
     if isinstance(wanted, Local):
         take_local(wanted.path, name, kind)
         return
     if isinstance(wanted, Published) and wanted.entry.unsupported:
         raise UnsupportedError(f"llmq cannot run {wanted.entry.name} yet: {wanted.entry.unsupported}")
-    if fast and not from_source:
-        raise UsageError("--fast goes with --from-source; a file that is fetched is as it is")
-    typed = checked_type(kind or ("" if isinstance(wanted, Url) else wanted.type))
-    if from_source:
-        if isinstance(wanted, Url):
-            raise UsageError("--from-source takes a model's name or org/repo, not an address")
-        finish(make_from_source(wanted, typed or DEFAULT_TYPE, name, context, fast=fast, force=force))
+    if from_source and not isinstance(wanted, Url):
+        typed = checked_preset(kind or wanted.type or DEFAULT_TYPE)
+        finish(make_from_source(wanted, typed, name, context, fast=fast, force=force))
         return
-    offer, label = find_offer(wanted, typed)
+    offer, label = find_offer(wanted, checked_type(wanted, kind))
     target = target_of(name or label)
     if is_there(target, offer):
         note(f"{target.name} is there already, the same as {one_line(offer.origin, 120)}")
@@ -95,15 +103,27 @@ def pull(
     finish(target)
 
 
-def checked_type(kind: str) -> str:
-    from quant.recipe import PRESETS
+def check_name(name: str) -> None:
+    if model_path(name).stem == BUNDLED:
+        raise UsageError(f"{BUNDLED} is the name of the model that is part of llmq; give another with --name")
 
-    if kind and kind.lower() not in PRESETS:
-        raise UsageError(f"there is no type {kind[:40]!a}; there are {', '.join(PRESETS)}")
-    return kind.lower()
+
+def checked_type(wanted: "Published | Repo | Url", kind: str | None) -> str:
+    """The type that is asked for, in lower case, "" for none: any that a file's name may say."""
+    from llmq.offer import type_of
+    from llmq.reference import Repo, Url
+
+    if kind and (isinstance(wanted, Url) or (isinstance(wanted, Repo) and wanted.file)):
+        raise UsageError("--type goes with a model's name or org/repo; the address of a file says which one it is")
+    asked = (kind or ("" if isinstance(wanted, Url) else wanted.type)).lower()
+    known = type_of(f"{asked}.gguf")
+    if known != asked.replace("fp", "f"):
+        raise UsageError(f"there is no type {asked[:40]!a}; write one as in q4_k_m, q8_0 or f16")
+    return known
 
 
 def target_of(name: str) -> Target:
+    check_name(name)
     path = model_path(name)
     make_private(path.parent)
     return Target(name, path)
@@ -133,7 +153,7 @@ def find_offer(wanted: "Published | Repo | Url", kind: str) -> "tuple[Offer, str
             raise NetworkError(f"{wanted.repo} has no file {one_line(wanted.file, 80)!a}; check the name")
         offer = offer_of(found, file)
     else:
-        offer = choose(found, [kind or DEFAULT_TYPE], exact=bool(kind))
+        offer = choose(found, [kind] if kind else FETCHED, exact=bool(kind))
     stem = Path(offer.file).name.removesuffix(SUFFIX)
     return offer, store_name(stem)
 
@@ -167,6 +187,7 @@ def make_from_source(
 # ---- what is there
 def is_there(target: Target, offer: "Offer") -> bool:
     """Whether the store has this very file. One that was changed, or that nothing is known of, is read again."""
+    from cli.progress import show_bytes
     from llmq.files import sha256_of
     from llmq.records import current_record, write_record
 
@@ -178,7 +199,9 @@ def is_there(target: Target, offer: "Offer") -> bool:
         return record is not None and record.origin == offer.origin
     if record:
         return record.sha256 == remote.sha256
-    if sha256_of(target.path) != remote.sha256:
+    with show_bytes(f"reading {target.name}", remote.n_bytes) as on_bytes:
+        sha256 = sha256_of(target.path, on_bytes)
+    if sha256 != remote.sha256:
         return False
     write_record(target.path, remote.sha256, offer.origin)
     return True
@@ -188,6 +211,7 @@ def take_from_elsewhere(target: Target, offer: "Offer") -> bool:
     """Links or copies the file where another program has it."""
     from cli.progress import show_bytes
     from llmq.elsewhere import find_by_sha256, link_or_copy
+    from llmq.gguf import open_gguf
     from llmq.records import drop_record, write_record
 
     remote = offer.remote
@@ -197,6 +221,8 @@ def take_from_elsewhere(target: Target, offer: "Offer") -> bool:
         source = find_by_sha256(remote.sha256, remote.n_bytes, on_bytes)
     if not source:
         return False
+    with open_gguf(source) as gguf:
+        check_runs(gguf)
     drop_record(target.path)
     how = link_or_copy(source, target.path, remote.sha256, replace=True)
     write_record(target.path, remote.sha256, offer.origin)
@@ -223,6 +249,7 @@ def take_local(path: Path, name: str | None, kind: str | None) -> None:
 def download(target: Target, offer: "Offer", context: int | None, *, force: bool) -> None:
     """Fetches what is judged to work here, and compiles for it meanwhile."""
     from cli.fit import check_fit, judge_download
+    from llmq.gguf import GGUF
     from llmq.offer import peek
     from llmq.part import part_paths
     from llmq.records import drop_record, write_record
@@ -231,7 +258,7 @@ def download(target: Target, offer: "Offer", context: int | None, *, force: bool
     if target.path.exists():
         note(f"{target.name} is replaced when the new one is there: it differs from {one_line(offer.origin, 120)}")
     metadata, tensors = peek(offer)
-    config = check_runs(offer, metadata, tensors)
+    config = check_runs(GGUF(Path(offer.file), metadata, tensors, None))
     part = part_paths(target.path)[0]
     already = part.stat().st_blocks * 512 if part.is_file() and hasattr(part.stat(), "st_blocks") else 0
     check_fit(judge_download(sized(offer, config, tensors), context, target.path.parent, already), force)
@@ -243,16 +270,14 @@ def download(target: Target, offer: "Offer", context: int | None, *, force: bool
     note(f"{size(done.total)} of {one_line(offer.origin, 120)}; {vouched}")
 
 
-def check_runs(offer: "Offer", metadata: "dict[str, object]", tensors: "dict[str, TensorInfo]") -> "ModelConfig":
-    """Refuses what could not be run, before it is fetched."""
+def check_runs(gguf: "GGUF") -> "ModelConfig":
+    """Refuses what could not be run, by its header alone."""
     from llmq.config import check_tensors, read_config
-    from llmq.gguf import GGUF
     from llmq.tokenizer import load_tokenizer
 
-    header = GGUF(Path(offer.file), metadata, tensors, None)
-    config = read_config(header)
-    check_tensors(header, config)
-    load_tokenizer(metadata)
+    config = read_config(gguf)
+    check_tensors(gguf, config)
+    load_tokenizer(gguf.metadata)
     return config
 
 

@@ -8,7 +8,7 @@ from typing import TypeVar
 from urllib.parse import urlsplit
 
 from llmq.answer import RetryError, check_answer, check_status, reason
-from llmq.errors import NetworkError, quoted
+from llmq.errors import NetworkError
 from llmq.fetcher import LIMITS, Limits, Remote
 from llmq.http import BROKEN, Line, Request, checked, host_of
 
@@ -85,9 +85,7 @@ def probe(url: str, limits: Limits = LIMITS) -> Remote:
         if answer.status == 206:
             length = answer.headers.get("Content-Range", "").rpartition("/")[2]
         if not length.isdecimal():
-            raise NetworkError(
-                f"{host} does not tell how long {quoted(url.partition('?')[0], 120)} is; get the file another way"
-            )
+            raise NetworkError(f"{host} does not tell how long this file is; get it another way")
         etag = answer.headers.get("ETag", "")
         return Remote(Request(url, {}, {}), int(length), etag="" if etag.startswith("W/") else etag)
 

@@ -4,6 +4,7 @@ What fails is asked for again, with growing pauses, for as long as now and then 
 decides whether there will be several connections: a server that ignores ranges gets one.
 """
 
+import contextlib
 import dataclasses
 import random
 import threading
@@ -139,6 +140,10 @@ class Fetcher:
             self.stopped = True
             self.changed.notify_all()
             workers = list(self._workers)
+        # A signal that raises just behind the taking of the lock leaves it with this thread.
+        with contextlib.suppress(RuntimeError):
+            while True:
+                self.changed.release()
         for worker in workers:
             worker.line.abort()
         self._pool.shutdown()

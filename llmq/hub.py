@@ -14,7 +14,7 @@ from http.client import HTTPResponse
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from llmq.answer import REFUSED, RetryError, check_answer
+from llmq.answer import REFUSED, RetryError, check_answer, check_status
 from llmq.ask import ask, read_body
 from llmq.errors import FileFormatError, NetworkError, quoted
 from llmq.fetcher import LIMITS, Limits, Remote
@@ -89,7 +89,7 @@ def snapshot(repo: str, revision: str = "", limits: Limits = LIMITS) -> Snapshot
 
     def take(answer: HTTPResponse) -> Snapshot:
         _check_access(answer, repo, revision)
-        check_listing(answer)
+        check_listing(answer, host_of(urlsplit(url)))
         return _parse(repo, read_body(answer, LISTING_LIMIT))
 
     return ask(Request(url, {"Accept": "application/json"}, credentials()), take, limits)
@@ -107,7 +107,8 @@ def remote_file(found: Snapshot, file: HubFile) -> Remote:
 def read_small(found: Snapshot, name: str, limit: int, limits: Limits = LIMITS) -> bytes:
     """A whole file in memory, its hash checked.
 
-    Raises FileFormatError where the repository does not have it, it is larger than `limit`, or its hash differs.
+    Raises FileFormatError where the repository does not have it or it is larger than `limit`, NetworkError where it
+    cannot be had or arrives with another hash again and again.
     """
     file = found.files.get(name)
     if not file or file.n_bytes > limit:
@@ -136,9 +137,8 @@ def is_content(file: HubFile, data: bytes) -> bool:
     return hashlib.sha1(blob, usedforsecurity=False).hexdigest() == file.blob
 
 
-def check_listing(answer: HTTPResponse) -> None:
-    if answer.status != 200:
-        raise RetryError(f"it answers {answer.status} {quoted(answer.reason)}")
+def check_listing(answer: HTTPResponse, host: str) -> None:
+    check_status(answer, host)
     if answer.headers.get("Content-Encoding", "identity") != "identity":
         raise RetryError("it sends its list of files compressed, which was not asked for")
 

@@ -15,12 +15,17 @@ from llmq.hub import HubFile, Snapshot, refuse_offline, remote_file
 from llmq.reference import Url
 from llmq.store import NAME, SUFFIX
 
-# Of a file's name the last word is its type: Mistral-7B-Instruct-v0.3-Q4_K_M.gguf, mixtral.IQ4_XS.gguf, nemo-f16.gguf.
-TYPE = re.compile(r"(?:^|[-._])(I?Q[1-8](?:_[A-Z0-9]+)*|B?F16|F?P?16|F32)$", re.IGNORECASE)
+# Of a file's name the last word is its type: Mistral-7B-Instruct-v0.3-Q4_K_M.gguf, mixtral.IQ4_XS.gguf, nemo-f16.gguf,
+# and some write devstralQ4_K_M.gguf.
+TYPE = re.compile(
+    r"(?:^|[-._]|(?<=[a-z])(?=I?Q[1-8]_|B?FP?16))(I?Q[1-8](?:_[A-Z0-9]+)*|BF16|FP?16|FP?32)$", re.IGNORECASE
+)
 SPLIT = re.compile(r"-\d{5}-of-\d{5}$")
 # What lies beside models and is none.
 OTHERS = re.compile(r"(^|[-._/])(mmproj|imatrix|lora|adapter|vocab)([-._]|$)", re.IGNORECASE)
 FIRST_PIECE = 1 << 20
+# Of a long name for the store this much is left, and so much of it from its end.
+LONGEST, TAIL = 64, 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +51,7 @@ def offers_of(found: Snapshot) -> dict[str, HubFile]:
 def type_of(name: str) -> str:
     """The type that a file's name ends in, in lower case; "" where it does not say."""
     match = TYPE.search(PurePosixPath(name).stem)
-    kind = match[1].lower() if match else ""
-    return "f16" if kind in ("fp16", "16") else kind
+    return match[1].lower().replace("fp", "f") if match else ""
 
 
 def choose(found: Snapshot, wanted: Sequence[str], *, exact: bool) -> Offer:
@@ -80,7 +84,7 @@ def offer_at(url: Url, limits: Limits = LIMITS) -> Offer:
 def _nothing(found: Snapshot, files: dict[str, HubFile], wanted: str) -> str:
     if files:
         return f"{found.repo} has no {wanted}; it has {', '.join(sorted(filter(None, files)))}"
-    if any(SPLIT.search(PurePosixPath(name).stem) for name in found.files):
+    if any(name.lower().endswith(SUFFIX) and SPLIT.search(PurePosixPath(name).stem) for name in found.files):
         return f"the GGUF files of {found.repo} are in parts, which llmq does not read; try --from-source"
     if any(name.endswith(".safetensors") for name in found.files):
         return f"{found.repo} has no GGUF files; --from-source makes one of its weights"
@@ -89,7 +93,10 @@ def _nothing(found: Snapshot, files: dict[str, HubFile], wanted: str) -> str:
 
 def store_name(label: str, kind: str = "") -> str:
     """A name for the store made of another one. UsageError where nothing of it can stay."""
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{label}-{kind}" if kind else label).lstrip("._-")[:64].rstrip(".-")
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{label}-{kind}" if kind else label).strip("._-")
+    if len(name) > LONGEST:
+        # Its end tells the type.
+        name = f"{name[: LONGEST - TAIL]}{name[-TAIL:]}"
     if not NAME.fullmatch(name):
         raise UsageError(f"{quoted(label)} cannot be a model's name here; give one with --name")
     return name
@@ -100,17 +107,15 @@ def peek(offer: Offer, limits: Limits = LIMITS) -> tuple[dict[str, Any], dict[st
 
     Raises FileFormatError and UnsupportedError as open_gguf does, and NetworkError.
     """
-    n_bytes = FIRST_PIECE
+    head, total = b"", offer.remote.n_bytes
+    if not total:
+        raise FileFormatError(f"{quoted(offer.file)} is empty; choose another file")
     while True:
-        n_bytes = min(n_bytes, offer.remote.n_bytes)
-        if not n_bytes:
-            raise FileFormatError(f"{quoted(offer.file)} is empty; choose another file")
-        head = read_piece(offer.remote, 0, n_bytes, limits)
+        head += read_piece(offer.remote, len(head), min(max(FIRST_PIECE, 4 * len(head)), total), limits)
         if head[:4] != MAGIC:
             raise FileFormatError(f"{quoted(offer.file)} is not a GGUF file; choose another one")
         try:
-            return read_header(Header(head, quoted(offer.file), offer.remote.n_bytes))
+            return read_header(Header(head, quoted(offer.file), total))
         except CutShortError:
-            if n_bytes >= min(offer.remote.n_bytes, HEADER_LIMIT):
+            if len(head) >= min(total, HEADER_LIMIT):
                 raise
-        n_bytes *= 4

@@ -33,20 +33,21 @@ def has_python() -> bool:
 @contextmanager
 def warming(formats: Sequence[Format], embedding: Format, kv: str) -> Iterator[None]:
     """While the body runs, the kernels of a model with matrices of these formats are compiled; what is done stays."""
-    null, hidden = subprocess.DEVNULL, getattr(subprocess, "CREATE_NO_WINDOW", 0)
+    pipe, null, hidden = subprocess.PIPE, subprocess.DEVNULL, getattr(subprocess, "CREATE_NO_WINDOW", 0)
     arguments = [kv, *(str(fmt.id) for fmt in (embedding, *formats))]
     process = None
     with suppress(OSError):
         if has_python():
+            # Nothing is written to the pipe: its end, when this process is gone, is the end of the other one.
             process = subprocess.Popen(
-                command("compile_alone", arguments), stdin=null, stdout=null, stderr=null, creationflags=hidden
+                command("compile_alone", arguments), stdin=pipe, stdout=null, stderr=null, creationflags=hidden
             )
     try:
         yield
     finally:
         if process:
-            process.kill()
-            process.wait()
+            with process:
+                process.kill()
 
 
 def step_aside() -> None:

@@ -436,3 +436,11 @@ def test_the_readme_uses_commands_that_exist(capsys) -> None:
     assert {command for command, _ in used} == set(names)
     for command, rest in used:
         assert option_names(rest.partition('"')[0]) <= option_names(llmq(capsys, command, "--help")[1])
+
+
+@pytest.mark.parametrize("page", ["cli.md", "models.md", "reliability.md", "quantization.md"])
+def test_pages_give_commands_options_that_they_have(capsys, page: str) -> None:
+    text = (ROOT / "docs" / page).read_text("utf-8")
+    names = re.findall(r"^  (\w+)  ", llmq(capsys, "--help")[1].partition("Commands:")[2], re.MULTILINE)
+    for command, rest in re.findall(rf"llmq ({'|'.join(names)})\b([^`\n|;]*)", text):
+        assert option_names(re.sub('"[^"]*"', "", rest)) <= option_names(llmq(capsys, command, "--help")[1]), rest

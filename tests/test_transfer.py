@@ -14,7 +14,7 @@ from hub import TOKEN, Hub, sha256
 
 from llmq import transfer
 from llmq.errors import FileFormatError, LlmqError, NetworkError
-from llmq.fetcher import CHUNK, Limits, Remote
+from llmq.fetcher import CHUNK, Fetcher, Limits, Remote
 from llmq.http import Request
 from llmq.part import part_paths
 from llmq.transfer import Progress, fetch
@@ -241,3 +241,15 @@ def test_connections_are_kept(hub: Hub, tmp_path: Path) -> None:
     run(remote(hub), tmp_path / "model.gguf", dataclasses.replace(QUICK, connections=1))
     assert len(hub.answers()) == 2
     assert len(hub.connections) == 2  # one to each host
+
+
+def test_a_lock_that_an_interrupt_left_held_does_not_keep_it_from_closing(hub: Hub) -> None:
+    """As where Ctrl-C comes just behind the taking of it."""
+    file = remote(hub)
+    fetcher = Fetcher(file, lambda _index, _data: None, QUICK)
+    fetcher.ask_for(range(file.n_chunks))
+    for _ in range(2):
+        fetcher.changed.acquire()
+    fetcher.watch()
+    fetcher.close()
+    assert fetcher.stopped

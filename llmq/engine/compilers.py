@@ -9,6 +9,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 
@@ -114,11 +115,19 @@ def help_out() -> None:
 
 
 def compile_alone() -> None:
-    """What a process does that compiles in the background: all that is missing, one after the other."""
+    """What a process does that compiles in the background: all that is missing, one after the other, for as long as
+    the one that started it holds the other end of its stdin.
+    """
+    threading.Thread(target=_end_with_stdin, daemon=True).start()
     step_aside()
     needed = _asked_for()
     if cache_folder() is not None:
         _prepare(needed, (i for i, kernel in enumerate(needed) if not kernel.is_ready))
+
+
+def _end_with_stdin() -> None:
+    os.read(0, 1)
+    os._exit(0)
 
 
 def _asked_for() -> list[Kernel]:
