@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 STORYTELLER = f"""\
 {BUNDLED}: a small model that comes with llmq and tells children's stories. Ask it for one.
-For a real conversation, download a Mistral or Mixtral model: `llmq chat path/to/file.gguf` runs a GGUF file,
-`llmq quantize FOLDER` makes one from a checkpoint, and `llmq list --available` names models that run."""
+For a real conversation, `llmq pull mistral-7b` fetches a model, and `llmq list --available` names others.
+`llmq chat path/to/file.gguf` runs a GGUF file, and `llmq quantize FOLDER` makes one from a checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ import typer
 from cli import options
 from cli.bench import Json, Row, number, show_table
 from cli.screen import note, one_line, show_loading, size, status
-from llmq.errors import ResourceError
+from llmq.errors import ResourceError, UnsupportedError
 from llmq.store import models_dir, resolve
 
 if TYPE_CHECKING:
@@ -109,7 +109,10 @@ def find_sizes(text: str) -> Asked:
     weights = parse_weights(what)
     kinds = [kind_of(kind)] if colon and (entry or weights) else TYPES
     if entry:
-        return Asked([planned(config_of(entry), each) for each in kinds], False, f"llmq pull {what}")
+        if entry.unsupported:
+            raise UnsupportedError(f"llmq cannot run {entry.name} yet: {entry.unsupported}")
+        command = f"llmq pull {what}" if entry.gguf else f"llmq pull --from-source {what}"
+        return Asked([planned(config_of(entry), each) for each in kinds], False, command)
     if weights:
         return Asked([scaled(what, *weights, each) for each in kinds], False, "")
     path = resolve(text)

@@ -12,6 +12,7 @@ from cli import options
 from cli.progress import show_transfer
 from cli.quantize import checked_preset
 from cli.screen import note, one_line, size
+from llmq.catalog import RESERVED
 from llmq.errors import NetworkError, UnsupportedError, UsageError
 from llmq.store import BUNDLED, SUFFIX, make_private, model_path
 
@@ -98,14 +99,17 @@ def pull(
     target = target_of(name or label)
     if is_there(target, offer):
         note(f"{target.name} is there already, the same as {one_line(offer.origin, 120)}")
-    elif not take_from_elsewhere(target, offer):
-        download(target, offer, context, force=force)
+    else:
+        check_replaced(target, offer.origin, force=force)
+        if not take_from_elsewhere(target, offer):
+            download(target, offer, context, force=force)
     finish(target)
 
 
 def check_name(name: str) -> None:
-    if model_path(name).stem == BUNDLED:
-        raise UsageError(f"{BUNDLED} is the name of the model that is part of llmq; give another with --name")
+    if model_path(name).stem == BUNDLED or RESERVED.fullmatch(name):
+        why = "the name of the model that is part of llmq" if name == BUNDLED else "no name for a file everywhere"
+        raise UsageError(f"{name} is {why}; give another with --name")
 
 
 def checked_type(wanted: "Published | Repo | Url", kind: str | None) -> str:
@@ -180,11 +184,25 @@ def make_from_source(
     found = snapshot(wanted.entry.repo) if isinstance(wanted, Published) else snapshot(wanted.repo, wanted.revision)
     label = wanted.entry.name if isinstance(wanted, Published) else found.repo.rpartition("/")[2]
     target = target_of(name or store_name(label, kind))
+    check_replaced(target, f"{found.repo}@", force=force)
     quantize_published(found, target.path, kind, context, fast=fast, force=force)
     return target
 
 
 # ---- what is there
+def check_replaced(target: Target, origin: str, *, force: bool) -> None:
+    """A model gives way to another version of itself, and to nothing else unless `force` is given."""
+    from llmq.records import current_record
+
+    if not target.path.exists():
+        return
+    record = current_record(target.path)
+    if not force and not (record and record.origin.partition("@")[0] == origin.partition("@")[0]):
+        raise UsageError(
+            f"there is another model named {target.name}; give this one a --name, or --force to replace it"
+        )
+
+
 def is_there(target: Target, offer: "Offer") -> bool:
     """Whether the store has this very file. One that was changed, or that nothing is known of, is read again."""
     from cli.progress import show_bytes
@@ -249,6 +267,7 @@ def take_local(path: Path, name: str | None, kind: str | None) -> None:
 def download(target: Target, offer: "Offer", context: int | None, *, force: bool) -> None:
     """Fetches what is judged to work here, and compiles for it meanwhile."""
     from cli.fit import check_fit, judge_download
+    from llmq.files import allocated_bytes
     from llmq.gguf import GGUF
     from llmq.offer import peek
     from llmq.part import part_paths
@@ -256,11 +275,10 @@ def download(target: Target, offer: "Offer", context: int | None, *, force: bool
     from llmq.transfer import fetch
 
     if target.path.exists():
-        note(f"{target.name} is replaced when the new one is there: it differs from {one_line(offer.origin, 120)}")
+        note(f"{target.name} is replaced when the new one is there")
     metadata, tensors = peek(offer)
     config = check_runs(GGUF(Path(offer.file), metadata, tensors, None))
-    part = part_paths(target.path)[0]
-    already = part.stat().st_blocks * 512 if part.is_file() and hasattr(part.stat(), "st_blocks") else 0
+    already = allocated_bytes(part_paths(target.path)[0])
     check_fit(judge_download(sized(offer, config, tensors), context, target.path.parent, already), force)
     with warm(tensors):
         done = show_transfer(fetch(offer.remote, target.path), target.name)

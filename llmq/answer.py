@@ -42,6 +42,11 @@ def check_answer(answer: HTTPResponse, host: str, start: int, end: int, total: i
 
 def check_status(answer: HTTPResponse, host: str) -> None:
     status = answer.status
+    if answer.headers.get("X-Error-Code") == "GatedRepo":
+        raise NetworkError(
+            f"{host}: this repository is gated; accept its terms on its page there, put a token of that account into "
+            "HF_TOKEN (or run `hf auth login`), and run this again"
+        )
     if status in REFUSED:
         raise NetworkError(f"{host} refuses access ({status}); a token in HF_TOKEN is missing, or may not read this")
     if status in GONE:

@@ -15,7 +15,7 @@ import pytest
 from hub import Hub, sha256
 
 from llmq.fetcher import CHUNK
-from llmq.ledger import SPARE_SHARE
+from llmq.files import SPARE_SHARE
 
 DATA = random.Random(6).randbytes(4 * CHUNK + 1000)
 PAGE = 4096
