@@ -139,7 +139,7 @@ def test_a_full_disk(capsys, monkeypatch) -> None:
     free(monkeypatch, memory=80 * GB, disk=1 * GB)
     code, _, err = llmq(capsys, "fit", "mistral-7b")
     assert code == 3
-    assert "3.0 GB of disk and 1.0 GB are free; free some disk space" in err
+    assert "2.8 GB of disk and 1.0 GB are free; free some disk space" in err
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,7 @@ def test_a_download_that_fits_is_told_in_two_lines(capsys, tmp_path) -> None:
     assert out == ""
     assert err.splitlines() == [
         "mistral-7b as q4_k_m: 4.4 GB; about 8.33 tokens/s in replies, 68.8 in prompts",
-        "disk: 4.6 GB needed, 50.0 GB free; memory for 4096 tokens: 5.1 GB needed, 8.0 GB free",
+        "disk: 4.5 GB needed, 50.0 GB free; memory for 4096 tokens: 5.1 GB needed, 8.0 GB free",
     ]
 
 
@@ -234,7 +234,7 @@ def test_what_has_come_already_needs_no_more_room(capsys, tmp_path, monkeypatch)
     verdict = judge_download(parse_size("mistral-7b"), 4096, tmp_path, already=4 * GB)
     check_fit(verdict, force=False)
     assert (
-        "disk: 640.5 MB needed, 1.0 GB free; memory for 4096 tokens: 5.1 GB needed, 5.2 GB free, which is tight\n"
+        "disk: 459.5 MB needed, 1.0 GB free; memory for 4096 tokens: 5.1 GB needed, 5.2 GB free, which is tight\n"
         in (capsys.readouterr().err)
     )
 
@@ -250,8 +250,8 @@ def test_what_has_come_already_needs_no_more_room(capsys, tmp_path, monkeypatch)
             "needs 4.7 GB of memory and 4.0 GB are free; choose q3_k_m, which needs 3.9 GB of memory",
         ),
         (1, 50, 1024, "needs 4.7 GB of memory and 1.0 GB are free; choose a smaller model"),
-        (8, 4, 4096, "needs 4.6 GB of disk and 4.0 GB are free; choose q3_k_m, which"),
-        (8, 1, 4096, "needs 4.6 GB of disk and 1.0 GB are free; free some disk space"),
+        (8, 4, 4096, "needs 4.5 GB of disk and 4.0 GB are free; choose q3_k_l, which"),
+        (8, 1, 4096, "needs 4.5 GB of disk and 1.0 GB are free; free some disk space"),
     ],
 )
 def test_what_cannot_work_is_refused_with_what_would(

@@ -300,11 +300,12 @@ def test_here_is_what_was_measured_and_what_is_free(tmp_path: Path, monkeypatch)
 @pytest.mark.parametrize(
     ("n_bytes", "already", "needed"),
     [
-        (100, 0, 100 + (256 << 20)),
-        (100, 99, 1 + (256 << 20)),
+        (100, 0, 102),
+        (100, 99, 3),
         (100, 100, 0),
-        (20 * GB, 0, 20 * GB + 400_000_000),
-        (20 * GB, 5 * GB, 15 * GB + 400_000_000),
+        (GB, 0, GB + 20_000_000),
+        (20 * GB, 0, 20 * GB + (256 << 20)),
+        (20 * GB, 5 * GB, 15 * GB + (256 << 20)),
         (20 * GB, 20 * GB, 0),
         (0, 0, 0),
     ],
@@ -418,7 +419,7 @@ def test_a_smaller_type_is_what_helps_a_small_disk() -> None:
     found = judge_with_advice(planned(MISTRAL, "q6_k"), 4096, at)
     assert found.answer == NO_DISK
     assert found.instead is not None
-    assert (found.instead.type, found.instead.n_ctx) == ("q3_k_m", 4096)
+    assert (found.instead.type, found.instead.n_ctx) == ("q3_k_l", 4096)
     # All but a gigabyte of it is there.
     assert judge(planned(MISTRAL, "q6_k"), 4096, at, already=5 * GB).answer == OK
 
