@@ -56,7 +56,7 @@ FromSource = Annotated[
     bool, typer.Option("--from-source", help="Quantize the official weights as they arrive; they never lie on disk.")
 ]
 Fast = Annotated[bool, typer.Option("--fast", help="With --from-source: search less, a little more error.")]
-Force = Annotated[bool, typer.Option("--force", help="Go on where memory or disk will not do.")]
+Force = Annotated[bool, typer.Option("--force", help="Go on where memory or disk will not do, or another model has the name.")]
 
 
 @dataclass(frozen=True, slots=True)
