@@ -56,7 +56,9 @@ FromSource = Annotated[
     bool, typer.Option("--from-source", help="Quantize the official weights as they arrive; they never lie on disk.")
 ]
 Fast = Annotated[bool, typer.Option("--fast", help="With --from-source: search less, a little more error.")]
-Force = Annotated[bool, typer.Option("--force", help="Go on where memory or disk will not do, or another model has the name.")]
+Force = Annotated[
+    bool, typer.Option("--force", help="Go on against the verdict, and replace another model of the name.")
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,13 +193,17 @@ def make_from_source(
 
 # ---- what is there
 def check_replaced(target: Target, origin: str, *, force: bool) -> None:
-    """A model gives way to another version of itself, and to nothing else unless `force` is given."""
-    from llmq.records import current_record
+    """A model gives way to another version of itself, damaged or not, and to nothing else unless `force` is given."""
+    from llmq.records import read_record
 
-    if not target.path.exists():
+    if force or not target.path.exists():
         return
-    record = current_record(target.path)
-    if not force and not (record and record.origin.partition("@")[0] == origin.partition("@")[0]):
+    record = None if target.path.is_symlink() else read_record(target.path)
+    if not (
+        record
+        and record.origin.partition("@")[0] == origin.partition("@")[0]
+        and record.n_bytes == target.path.stat().st_size
+    ):
         raise UsageError(
             f"there is another model named {target.name}; give this one a --name, or --force to replace it"
         )

@@ -9,6 +9,7 @@ from llmq.errors import NetworkError, quoted
 BUSY = {408, 425, 429, 500, 502, 503, 504}
 REFUSED = {401, 403}
 GONE = {404, 410, 451}
+RANGE = 416  # of a range that was right: another try may meet another server
 
 
 class RetryError(Exception):
@@ -53,7 +54,7 @@ def check_status(answer: HTTPResponse, host: str) -> None:
         raise NetworkError(f"{host} has no such file ({status}); check the name")
     if status not in (200, 206):
         what = f"it answers {status} {quoted(answer.reason)}"
-        if 400 <= status < 500 and status not in BUSY:
+        if 400 <= status < 500 and status not in BUSY | {RANGE}:
             raise NetworkError(f"{host}: {what}; is the address right?")
         raise RetryError(what, retry_after(answer.headers.get("Retry-After", "")) if status in BUSY else 0.0)
 

@@ -169,9 +169,9 @@ class PartFile:
             # A journal that is still being written would come back.
             with contextlib.suppress(LlmqError):
                 self._wait()
-            with contextlib.suppress(OSError):  # which must not hide `error`
-                self._remove_journal()
-                self._path.unlink(missing_ok=True)
+            for path in (self._new, self._journal, self._path):
+                with contextlib.suppress(OSError):  # which must not hide `error`
+                    path.unlink(missing_ok=True)
         self._close()
 
     def _check_space(self, n_bytes: int) -> None:

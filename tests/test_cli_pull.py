@@ -262,6 +262,16 @@ def test_a_damaged_file_is_replaced(store, contents, capsys) -> None:
     assert path.read_bytes() == contents["Q4_K_M"]
 
 
+def test_another_model_is_not_replaced_unless_asked_to(store, capsys) -> None:
+    path = store / "tiny-7b-q4_k_m.gguf"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"the only copy of something")
+    assert "there is another model named tiny-7b-q4_k_m" in refused(capsys, "tiny", code=2)
+    assert path.read_bytes() == b"the only copy of something"
+    pulled(capsys, store / "mine.gguf", "tiny", "--name", "mine")
+    pulled(capsys, path, "tiny", "--force")
+
+
 def test_the_old_file_stays_until_a_new_one_is_whole(store, hub, contents, capsys) -> None:
     path = store / "tiny-7b-q4_k_m.gguf"
     pulled(capsys, path, "tiny")
@@ -351,10 +361,10 @@ def test_a_model_that_is_known_not_to_run_is_refused_before_anybody_is_asked(hub
 
 
 @pytest.mark.parametrize(
-    ("what", "said"), [("memory", "of memory and 1.0 MB are free"), ("disk", "of disk and 1.0 MB")]
+    ("what", "said"), [("memory", "of memory and 1.0 MB are free"), ("disk", "of disk and 100.0 kB")]
 )
 def test_a_verdict_comes_before_the_download(store, hub, capsys, monkeypatch, what: str, said: str) -> None:
-    monkeypatch.setattr(f"quant.fit.{what}_free", lambda *_: 10**6)
+    monkeypatch.setattr(f"quant.fit.{what}_free", lambda *_: 10**6 if what == "memory" else 10**5)
     assert said in refused(capsys, "tiny", code=3)
     assert hub.n_sent() <= 1 << 20
     assert not list(store.iterdir())
@@ -496,8 +506,10 @@ def test_hostile_names_in_a_listing_write_nothing_outside(store, hub, contents, 
 
 
 @pytest.mark.usefixtures("surroundings")
-def test_a_link_where_a_model_is_to_come_is_replaced_and_not_followed(store, tmp_path, contents, capsys) -> None:
-    pulled(capsys, store / "planted.gguf", "tiny", "--name", "planted")
+def test_a_link_where_a_model_is_to_come_is_not_followed(store, tmp_path, contents, capsys) -> None:
+    assert "there is another model named planted" in refused(capsys, "tiny", "--name", "planted", code=2)
+    assert (store / "planted.gguf").is_symlink()
+    pulled(capsys, store / "planted.gguf", "tiny", "--name", "planted", "--force")
     assert not (store / "planted.gguf").is_symlink()
     assert (store / "planted.gguf").read_bytes() == contents["Q4_K_M"]
     assert (tmp_path / "victim").read_text() == "precious"

@@ -150,7 +150,7 @@ def test_faults_on_the_way_change_nothing(hub: Hub, fault: str, how: dict[str, A
     with closing(stream):
         read_on(stream, DATA, start)
         assert stream.sha256() == hashlib.sha256(DATA).hexdigest()
-        assert stream.most <= WINDOW // CHUNK
+        assert stream.most <= WINDOW // CHUNK + 1  # the window may begin within a chunk
     assert fired.fired or fired.at is not None
 
 
