@@ -57,7 +57,7 @@ Report = Annotated[
     Path | None,
     typer.Option("--report", metavar="FILE", help="Also write a web page about the result; FILE ends in .html."),
 ]
-Fast = Annotated[bool, typer.Option("--fast", help="Search less: a third less time, a little more error.")]
+Fast = Annotated[bool, typer.Option("--fast", help="Search less: about half the time, a little more error.")]
 
 
 def quantize(
