@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from cli.screen import is_terminal, note, one_line, size, status
 
 if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+
     from llmq.transfer import Progress
     from quant.quantize import TensorReport
 
@@ -54,19 +56,27 @@ def show_bytes(title: str, n_bytes: int) -> Iterator[Callable[[int], None]]:
     if not is_terminal(sys.stderr):
         yield lambda _: None
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    with _byte_bar() as bar:
+        task = bar.add_task("", total=n_bytes, title=one_line(title, 60))
+        yield lambda n_read: bar.advance(task, n_read)
 
-    columns = (
-        TextColumn("{task.description}", markup=False),
+
+def _byte_bar() -> "Bar":
+    """Bytes, their rate and the time left, between the field `title` and a description."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bar
+
+    return Bar(
+        TextColumn("{task.fields[title]}", markup=False),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),
         TimeRemainingColumn(),
+        TextColumn("{task.description}", markup=False),
+        console=Console(stderr=True),
+        transient=True,
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(one_line(title, 60), total=n_bytes)
-        yield lambda n_read: progress.advance(task, n_read)
 
 
 def describe(report: "TensorReport") -> str:
@@ -108,20 +118,8 @@ def _show_lines(events: "Iterator[Progress]", title: str) -> "Progress":
 
 
 def _show_bar(events: "Iterator[Progress]", title: str) -> "Progress":
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-    from rich.progress import Progress as Bar
-
-    columns = (
-        TextColumn("{task.fields[title]}", markup=False),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}", markup=False),
-    )
     last = None
-    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+    with _byte_bar() as bar:
         task = bar.add_task("", total=None, title=one_line(title, 40))
         for last in events:
             said = waiting(last) if last.holder is not None else one_line(last.trouble, 80)

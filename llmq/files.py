@@ -82,6 +82,14 @@ def read_blocks(descriptor: int) -> Iterator[memoryview]:
             yield buffer[:n_read]
 
 
+def write_all(descriptor: int, data: bytes | memoryview) -> None:
+    """Writes where the descriptor stands."""
+    # Unbuffered, so that a full disk shows here; a write may then be a short one.
+    left = memoryview(data)
+    while left:
+        left = left[os.write(descriptor, left) :]
+
+
 def sha256_of(path: Path, on_bytes: Callable[[int], None] | None = None, *, follow: bool = True) -> str:
     """Of a file's content, in hex; `on_bytes` is told how many were read each time.
 

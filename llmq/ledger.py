@@ -22,7 +22,7 @@ from pathlib import Path
 
 from llmq.errors import ResourceError, quoted
 from llmq.fetcher import CHUNK, Remote
-from llmq.files import allocated_bytes, check_target, explained, spare_bytes, sync_folder
+from llmq.files import allocated_bytes, check_target, explained, spare_bytes, sync_folder, write_all
 from llmq.locks import hold
 from llmq.part import part_paths
 
@@ -87,7 +87,7 @@ class Ledger:
         """Writes a whole chunk, and then its line."""
         with explained(self.target):
             os.lseek(self._data, index * CHUNK, os.SEEK_SET)
-            _write(self._data, data)
+            write_all(self._data, data)
             self._append(_line(index, zlib.crc32(data)))
 
     def read(self, index: int, space: memoryview) -> memoryview:
@@ -155,7 +155,7 @@ class Ledger:
 
     def _append(self, data: bytes) -> None:
         os.lseek(self._log, 0, os.SEEK_END)
-        _write(self._log, memoryview(data))
+        write_all(self._log, data)
 
     def _check_space(self) -> None:
         missing = self._remote.n_bytes - min(allocated_bytes(self._part), self._remote.n_bytes)
@@ -186,12 +186,6 @@ def _parse(line: bytes) -> tuple[int, int]:
         return int(index, 16), int(number, 16)
     except ValueError:
         return PROCESS, 0
-
-
-def _write(descriptor: int, data: memoryview) -> None:
-    # Unbuffered, so that a full disk shows here; a write may then be a short one.
-    while data:
-        data = data[os.write(descriptor, data) :]
 
 
 def _unlink(paths: Sequence[Path]) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from llmq.errors import FileFormatError, LlmqError, ResourceError, UnsupportedError, UsageError, quoted
-from llmq.files import BLOCK, allocated_bytes, check_target, explained, open_regular, sync_folder
+from llmq.files import BLOCK, allocated_bytes, check_target, explained, open_regular, sync_folder, write_all
 from llmq.locks import hold, is_plain
 
 Note = dict[str, Any]  # of what JSON gives back as it was
@@ -106,11 +106,8 @@ class PartFile:
     def write(self, data: bytes | memoryview) -> None:
         self._digest.update(data)
         self._unsaved += len(data)
-        left = memoryview(data)
         with explained(self.target):
-            # Unbuffered, so that a full disk shows here; a write may then be a short one.
-            while left:
-                left = left[os.write(self._descriptor, left) :]
+            write_all(self._descriptor, data)
 
     def record(self, note: Note) -> None:
         """Ends a piece: what was written since the one before."""
