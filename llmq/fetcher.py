@@ -107,12 +107,10 @@ class Fetcher:
         self._running: list[Future[None]] = []
         self._final_url = ""  # where the first answer came from: asked directly from then on
         self._ranged: bool | None = None  # None: nobody has answered yet
+        self._n_asking = 0  # workers with a span
         self._arrivals = 0
-        self._tries, self._tried_at, self._tried_for = (
-            0,
-            0.0,
-            -1,
-        )  # failures in which nothing arrived, one after the other
+        # Failures in which nothing arrived, one after the other.
+        self._tries, self._tried_at, self._tried_for = 0, 0.0, -1
 
     def ask_for(self, chunks: Iterable[int]) -> None:
         """Chunks that are not there, or not right."""
@@ -180,19 +178,29 @@ class Fetcher:
     def _take(self) -> tuple[int, int] | None:
         """The next span; None where there is nothing more to do."""
         with self.changed:
-            while not self.stopped and not (self._todo and self._todo[0][0] < self._reach()):
+            while not self.stopped and not self._is_worth_asking():
                 self.changed.wait()
             if self.stopped:
                 return None
+            self._n_asking += 1
             start, stop = self._todo.pop(0)
             within = min(stop, self._reach())
             if within < stop:
                 self._todo.insert(0, (within, stop))
             return start, within
 
+    def _is_worth_asking(self) -> bool:
+        """Whether enough is within reach for a request; anything is, where nobody else asks."""
+        if not self._todo:
+            return False
+        start, stop = self._todo[0]
+        within = min(stop, self._reach()) - start
+        return within >= (min(LEAST_SPAN, stop - start) if self._n_asking else 1)
+
     def _give_back(self, start: int, stop: int) -> None:
         """What of the span has not arrived is for the next who asks."""
         with self.changed:
+            self._n_asking -= 1
             self._todo[:0] = runs(set(range(start, stop)) - self.done)
             self.changed.notify_all()
 
