@@ -5,6 +5,7 @@ limit raises TimeoutError; `abort` from another thread makes a read that hangs e
 """
 
 import contextlib
+import functools
 import http.client
 import os
 import socket
@@ -13,6 +14,7 @@ import urllib.request
 from base64 import b64encode
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import cast
 from urllib.parse import SplitResult, unquote, urljoin, urlsplit
 
@@ -159,16 +161,21 @@ def connect(parts: SplitResult) -> http.client.HTTPConnection:
     host, at = (proxy.hostname or "", proxy.port or PORTS[proxy.scheme]) if proxy else (parts.hostname or "", port)
     if parts.scheme == "http":
         return http.client.HTTPConnection(host, at)
-    connection = http.client.HTTPSConnection(host, at, context=encryption())
+    authorities = tuple(os.environ.get(name, "") for name in ("SSL_CERT_FILE", "SSL_CERT_DIR"))
+    connection = http.client.HTTPSConnection(host, at, context=encryption(authorities))
     if proxy:
         connection.set_tunnel(parts.hostname or "", port, proxy_headers(proxy))
     return connection
 
 
-def encryption() -> ssl.SSLContext:
-    """The system's certificates, or those that SSL_CERT_FILE names; where there are none, certifi's."""
+@functools.lru_cache(maxsize=1)
+def encryption(authorities: tuple[str, ...]) -> ssl.SSLContext:
+    """The system's certificates, or those that SSL_CERT_FILE and SSL_CERT_DIR name, which are the `authorities`; where
+    there are none, certifi's."""
     context = ssl.create_default_context()
-    if not context.get_ca_certs() and not os.environ.get("SSL_CERT_FILE"):
+    # Those in a folder are read one by one when they are needed.
+    folder = ssl.get_default_verify_paths().capath
+    if not any(authorities) and not context.get_ca_certs() and not (folder and any(Path(folder).iterdir())):
         import certifi
 
         context.load_verify_locations(certifi.where())

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from llmq import http as module
 from llmq.errors import NetworkError
-from llmq.http import BROKEN, Line, Request, checked, joined, proxy_of
+from llmq.http import BROKEN, Line, Request, checked, encryption, joined, proxy_of
 
 DATA = bytes(range(256)) * 1000
 SECRET = {"Authorization": f"Bearer {TOKEN}"}
@@ -182,6 +182,27 @@ def test_a_certificate_that_nobody_vouches_for(encrypted: Hub, monkeypatch: pyte
     with line() as connection, pytest.raises(BROKEN, match="certificate"):
         connection.get(Request(encrypted.add("org/model", "x", DATA), {}, SECRET))
     assert not encrypted.seen
+
+
+def test_certificates_of_the_system_come_before_others(
+    certificate: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """certifi's are for systems that have none, be it in a file or in a folder, which is not read beforehand."""
+    for name in ("SSL_CERT_FILE", "SSL_CERT_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    found = ssl.get_default_verify_paths()
+    monkeypatch.setattr(ssl, "create_default_context", lambda: ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
+
+    def loaded(folder: Path | None) -> int:
+        monkeypatch.setattr(ssl, "get_default_verify_paths", lambda: found._replace(capath=folder and str(folder)))
+        encryption.cache_clear()
+        return len(encryption(("", "")).get_ca_certs())
+
+    assert loaded(None) > 100
+    assert loaded(tmp_path) > 100
+    (tmp_path / "12345678.0").write_bytes(certificate.read_bytes())
+    assert loaded(tmp_path) == 0
+    encryption.cache_clear()
 
 
 def give_up(connection: Line, url: str) -> bytes:
