@@ -216,7 +216,8 @@ def judge_download(size: "Size", n_ctx: int | None, folder: Path, already: int =
 def check_fit(verdict: "Verdict", force: bool) -> None:
     """Tells what a download takes and what there is.
 
-    Raises ResourceError where it cannot work, unless `force` is given: then that is only told.
+    Raises ResourceError where it cannot work. With `force` missing memory is only told: what one asks for is one's own
+    affair, but what the disk has no room for cannot come.
     """
     note(
         f"{verdict.model} as {verdict.type}: {size(verdict.file_bytes)}; about {number(verdict.decode)} tokens/s in "
@@ -229,6 +230,8 @@ def check_fit(verdict: "Verdict", force: bool) -> None:
     )
     if verdict.fits:
         return
+    if verdict.answer == "no disk":
+        raise ResourceError(refusal(verdict))
     if not force:
         raise ResourceError(f"{refusal(verdict)}, or --force to try all the same")
     note(f"it goes on all the same: {refusal(verdict)}")

@@ -57,7 +57,7 @@ FromSource = Annotated[
 ]
 Fast = Annotated[bool, typer.Option("--fast", help="With --from-source: search less, a little more error.")]
 Force = Annotated[
-    bool, typer.Option("--force", help="Go on against the verdict, and replace another model of the name.")
+    bool, typer.Option("--force", help="Go on where memory will not do, and replace another model of the name.")
 ]
 
 
@@ -93,6 +93,7 @@ def pull(
         return
     if isinstance(wanted, Published) and wanted.entry.unsupported:
         raise UnsupportedError(f"llmq cannot run {wanted.entry.name} yet: {wanted.entry.unsupported}")
+    check_one_type(wanted, kind)
     if from_source and not isinstance(wanted, Url):
         typed = checked_preset(kind or wanted.type or DEFAULT_TYPE)
         finish(make_from_source(wanted, typed, name, context, fast=fast, force=force))
@@ -114,6 +115,13 @@ def check_name(name: str) -> None:
         raise UsageError(f"{name} is {why}; give another with --name")
 
 
+def check_one_type(wanted: "Published | Repo | Url", kind: str | None) -> None:
+    """UsageError where the name says another type than --type does."""
+    said = getattr(wanted, "type", "")
+    if kind and said and said != kind.lower():
+        raise UsageError(f"the name asks for {said} and --type for {kind[:40]!a}; give one of them")
+
+
 def checked_type(wanted: "Published | Repo | Url", kind: str | None) -> str:
     """The type that is asked for, in lower case, "" for none: any that a file's name may say."""
     from llmq.offer import type_of
@@ -129,9 +137,12 @@ def checked_type(wanted: "Published | Repo | Url", kind: str | None) -> str:
 
 
 def target_of(name: str) -> Target:
+    from llmq.records import check_record
+
     check_name(name)
     path = model_path(name)
     make_private(path.parent)
+    check_record(path)
     return Target(name, path)
 
 
@@ -178,7 +189,7 @@ def published_offer(wanted: "Published", kind: str) -> "tuple[Offer, str]":
 def make_from_source(
     wanted: "Published | Repo", kind: str, name: str | None, context: int | None, *, fast: bool, force: bool
 ) -> Target:
-    from cli.from_source import quantize_published
+    from cli.from_source import Making, is_made, quantize_published, remember
     from llmq.hub import snapshot
     from llmq.offer import store_name
     from llmq.reference import Published
@@ -186,8 +197,13 @@ def make_from_source(
     found = snapshot(wanted.entry.repo) if isinstance(wanted, Published) else snapshot(wanted.repo, wanted.revision)
     label = wanted.entry.name if isinstance(wanted, Published) else found.repo.rpartition("/")[2]
     target = target_of(name or store_name(label, kind))
-    check_replaced(target, f"{found.repo}@", force=force)
-    quantize_published(found, target.path, kind, context, fast=fast, force=force)
+    making = Making(found, target.path, kind, fast)
+    if is_made(making):
+        remember(making)
+        note(f"{target.name} is there already, made of {one_line(found.repo, 60)}")
+    else:
+        check_replaced(target, f"{found.repo}@", force=force)
+        quantize_published(making, context, force=force)
     return target
 
 

@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from llmq.errors import FileFormatError, UsageError, quoted
-from llmq.files import check_target, explained, open_regular, read_blocks, sha256_of, sync_folder
+from llmq.files import SHA256, check_target, explained, open_regular, read_blocks, sha256_of, sync_folder
 from llmq.part import PartFile, part_paths
 
-DIGEST = re.compile("[0-9a-f]{64}")
 # Where Ollama's Linux service keeps models.
 OLLAMA_SERVICE = Path("/usr/share/ollama/.ollama/models")
 OLLAMA_HOST, OLLAMA_USER, OLLAMA_TAG = "registry.ollama.ai", "library", "latest"
@@ -47,7 +46,7 @@ def find_by_sha256(sha256: str, n_bytes: int, on_bytes: OnBytes | None = None) -
 
     A file counts only if it is a regular one that lies inside the folder, not behind a link that leads out of it.
     """
-    if not DIGEST.fullmatch(sha256):
+    if not SHA256.fullmatch(sha256):
         return None
     for root, path in _candidates(sha256):
         try:
@@ -242,4 +241,4 @@ def _model_layer(manifest: Any) -> tuple[str, int] | None:
     if not isinstance(digest, str) or type(n_bytes) is not int or n_bytes < 1:
         return None
     sha256 = digest.removeprefix("sha256:")
-    return (sha256, n_bytes) if digest.startswith("sha256:") and DIGEST.fullmatch(sha256) else None
+    return (sha256, n_bytes) if digest.startswith("sha256:") and SHA256.fullmatch(sha256) else None

@@ -13,6 +13,10 @@ class UsageError(LlmqError):
     exit_code = 2
 
 
+class BusyError(UsageError):
+    """Another process is writing the same file."""
+
+
 class ResourceError(LlmqError):
     """Refused before it could hurt: too little memory or disk."""
 

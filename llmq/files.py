@@ -4,14 +4,21 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import stat
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from llmq.errors import LlmqError, ResourceError, UsageError, quoted
 
+if sys.platform != "win32":
+    import fcntl
+
+FULL_SYNC = getattr(fcntl, "F_FULLFSYNC", None) if sys.platform != "win32" else None
 BLOCK = 1 << 20  # bytes that are read at a time
+SHA256 = re.compile("[0-9a-f]{64}")
 SPARE_SHARE, MOST_SPARE = 0.02, 256 << 20
 
 
@@ -26,7 +33,7 @@ def write_atomically(path: Path, content: bytes, *, lasting: bool = False) -> No
             file.write(content)
             if lasting:
                 file.flush()
-                os.fsync(file.fileno())
+                sync(file.fileno())
         Path(temporary).replace(path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -35,13 +42,23 @@ def write_atomically(path: Path, content: bytes, *, lasting: bool = False) -> No
         sync_folder(path.parent)
 
 
+def sync(descriptor: int) -> None:
+    """What was written lasts through a power cut: macOS's fsync leaves it with the drive, which may still lose it."""
+    if FULL_SYNC is not None:
+        # Not every file system can.
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(descriptor, FULL_SYNC)
+            return
+    os.fsync(descriptor)
+
+
 def sync_folder(folder: Path) -> None:
     """Makes a rename last through a power cut; Windows has no such call and needs none."""
     if os.name == "nt":
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        sync(handle)
     finally:
         os.close(handle)
 

@@ -18,12 +18,13 @@ from llmq.answer import REFUSED, RetryError, check_answer, check_status
 from llmq.ask import ask, read_body
 from llmq.errors import FileFormatError, NetworkError, quoted
 from llmq.fetcher import LIMITS, Limits, Remote
+from llmq.files import SHA256
 from llmq.http import Request, checked, host_of, is_private
 
 TRUE = {"1", "true", "yes", "on"}
 LISTING_LIMIT = 16 << 20
 MOST_FILES, MOST_BYTES = 20_000, 1 << 44
-SHA256, SHA1, COMMIT = (re.compile(f"[0-9a-f]{{{n}}}") for n in (64, 40, 40))
+SHA1 = COMMIT = re.compile("[0-9a-f]{40}")
 # Segments of a path in a repository; names that could lead elsewhere do not occur to us.
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,254}(/[A-Za-z0-9_][A-Za-z0-9_.+-]{0,254}){0,7}")
 

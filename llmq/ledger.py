@@ -22,7 +22,7 @@ from pathlib import Path
 
 from llmq.errors import ResourceError, quoted
 from llmq.fetcher import CHUNK, Remote
-from llmq.files import allocated_bytes, check_target, explained, spare_bytes, sync_folder, write_all
+from llmq.files import allocated_bytes, check_target, explained, spare_bytes, sync, sync_folder, write_all
 from llmq.locks import hold
 from llmq.part import part_paths
 
@@ -108,7 +108,7 @@ class Ledger:
     def publish(self) -> None:
         """Gives the file its name, whole and on disk. The journal goes last: until then it holds others off."""
         with explained(self.target):
-            os.fsync(self._data)
+            sync(self._data)
             self._reader.close()
             if os.name == "nt":  # where an open file cannot be renamed
                 os.close(self._data)

@@ -17,8 +17,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from llmq.errors import FileFormatError, LlmqError, ResourceError, UnsupportedError, UsageError, quoted
-from llmq.files import BLOCK, allocated_bytes, check_target, explained, open_regular, sync_folder, write_all
+from llmq.errors import BusyError, FileFormatError, LlmqError, ResourceError, UnsupportedError, UsageError, quoted
+from llmq.files import BLOCK, allocated_bytes, check_target, explained, open_regular, sync, sync_folder, write_all
 from llmq.locks import hold, is_plain
 
 Note = dict[str, Any]  # of what JSON gives back as it was
@@ -42,7 +42,8 @@ class PartFile:
     there; it lies behind the one before, or where goto() says. What is recorded is flushed to disk and told in the
     journal by a thread, after SAVE_SECONDS or SAVE_BYTES, whichever comes first. Without a job nothing is kept.
 
-    Raises UsageError where the target cannot be written or another process is at it, ResourceError for a full disk.
+    Raises UsageError where the target cannot be written, BusyError where another process is at it, ResourceError for a
+    full disk.
     """
 
     def __init__(self, target: Path, job: str = "", *, follow: bool = True) -> None:
@@ -66,7 +67,7 @@ class PartFile:
             descriptor = hold(self._path)
         if descriptor is None:
             at_it = self._read_journal().get("pid", "another one")
-            raise UsageError(
+            raise BusyError(
                 f"cannot write {quoted(str(self.target), 120)}: process {at_it} is writing it; wait for it to end"
             )
         self._descriptor = descriptor
@@ -139,7 +140,7 @@ class PartFile:
         try:
             self._wait()
             with explained(self.target):
-                os.fsync(self._descriptor)
+                sync(self._descriptor)
                 # The journal goes first: once the part has its name, another run may begin one.
                 self._remove_journal()
                 if sys.platform == "win32":  # where an open file cannot be renamed
@@ -212,7 +213,7 @@ class PartFile:
         with self._new.open("xb") as file:
             file.write(hashlib.sha256(journal).hexdigest().encode() + b"\n" + journal)
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno())
         self._new.replace(self._journal)
 
     def _wait(self) -> None:

@@ -6,10 +6,10 @@ like anything from outside: one that is not what was written is as none.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
-import re
 import stat
 import time
 from dataclasses import dataclass
@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from llmq.errors import UsageError, quoted
-from llmq.files import explained, is_private, open_regular, write_atomically
+from llmq.files import SHA256, explained, is_private, open_regular, write_atomically
 from llmq.store import BUNDLED, BUNDLED_PATH, NAME, SUFFIX, make_private, models_dir, state_dir
 
-DIGEST = re.compile("[0-9a-f]{64}")
 RECORD_LIMIT = 128 << 10
 TEXT_LIMIT = 4096
 ABANDONED = 3600.0  # seconds after which a temporary file is nobody's
@@ -69,6 +68,14 @@ def write_record(path: Path, sha256: str, origin: str, added: float | None = Non
         "file": os.path.realpath(path),
     }
     target = _record_path(path)
+    check_record(path)
+    with explained(target):
+        write_atomically(target, json.dumps(record).encode(), lasting=True)
+
+
+def check_record(path: Path) -> None:
+    """Raises what write_record() would, where that is known before there is a file; makes the folder for its record."""
+    target = _record_path(path)
     with explained(target):
         make_private(state_dir())
         if not is_private(make_private(target.parent)):
@@ -76,7 +83,8 @@ def write_record(path: Path, sha256: str, origin: str, added: float | None = Non
                 f"cannot remember {quoted(path.name)}: others may write to {quoted(str(target.parent), 120)}; "
                 "`chmod 700` it"
             )
-        write_atomically(target, json.dumps(record).encode(), lasting=True)
+        if not os.access(target.parent, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(target.parent))
 
 
 def drop_record(path: Path) -> None:
@@ -166,7 +174,7 @@ def _read(record: Path) -> dict[str, Any] | None:
 def _checked(content: dict[str, Any]) -> Record | None:
     sha256, origin, added = content.get("sha256"), content.get("origin"), content.get("added")
     n_bytes, mtime_ns = content.get("n_bytes"), content.get("mtime_ns")
-    if not isinstance(sha256, str) or not DIGEST.fullmatch(sha256):
+    if not isinstance(sha256, str) or not SHA256.fullmatch(sha256):
         return None
     if not isinstance(origin, str) or len(origin) > TEXT_LIMIT:
         return None

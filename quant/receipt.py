@@ -16,7 +16,8 @@ from llmq.part import Note
 from quant.recipe import Override
 
 PREFIX = "llmq."
-SOURCE, SOURCE_SHA256, TYPE, RMS_ERROR = "llmq.source", "llmq.source_sha256", "llmq.type", "llmq.rms_error"
+SOURCE, SOURCE_SHA256, SOURCE_REVISION = "llmq.source", "llmq.source_sha256", "llmq.source_revision"
+TYPE, SETTINGS, CALIBRATION, RMS_ERROR = "llmq.type", "llmq.settings", "llmq.calibration_sha256", "llmq.rms_error"
 
 
 def receipt(source: str, revision: str, preset: str, settings: str, calibration_sha256: str) -> dict[str, Any]:
@@ -28,13 +29,20 @@ def receipt(source: str, revision: str, preset: str, settings: str, calibration_
         "llmq.version": __version__,
         SOURCE: source,
         SOURCE_SHA256: "0" * 64,
-        "llmq.source_revision": revision,
+        SOURCE_REVISION: revision,
         TYPE: preset,
-        "llmq.settings": settings,
-        "llmq.calibration_sha256": calibration_sha256,
+        SETTINGS: settings,
+        CALIBRATION: calibration_sha256,
         RMS_ERROR: 0.0,
     }
     return {key: _valid(value) if isinstance(value, str) else value for key, value in keys.items() if value != ""}
+
+
+def is_made_of(metadata: Mapping[str, Any], source: str, revision: str, preset: str, settings: str) -> bool:
+    """Whether a file's receipt says that it was made so, uncalibrated, by whatever version."""
+    said = receipt(source, revision, preset, settings, "")
+    stays = (SOURCE, SOURCE_REVISION, TYPE, SETTINGS, CALIBRATION)
+    return all(metadata.get(key) == said.get(key) for key in stays)
 
 
 def settings(fast: bool, overrides: Sequence[Override], remarks: Sequence[str]) -> str:
@@ -86,11 +94,11 @@ def describe(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
     maker = " ".join(("llmq", texts["llmq.version"])) if "llmq.version" in texts else ""
     rows = [
         ("made from", texts.get(SOURCE, "")),
-        ("revision", texts.get("llmq.source_revision", "")),
+        ("revision", texts.get(SOURCE_REVISION, "")),
         ("weights", _sha256(texts.get(SOURCE_SHA256, ""))),
         ("made by", maker),
-        ("made as", ", ".join(texts[key] for key in (TYPE, "llmq.settings") if key in texts)),
-        ("calibration", _sha256(texts.get("llmq.calibration_sha256", ""))),
+        ("made as", ", ".join(texts[key] for key in (TYPE, SETTINGS) if key in texts)),
+        ("calibration", _sha256(texts.get(CALIBRATION, ""))),
         ("error", f"{share} of the weights' root mean square" if share else ""),
     ]
     return [(label, text) for label, text in rows if text]

@@ -25,7 +25,7 @@ from cli.main import execute
 from llmq import elsewhere
 from llmq.fetcher import CHUNK
 from llmq.formats import Q4_K, Q8_0
-from llmq.records import read_record
+from llmq.records import drop_record, read_record
 from llmq.store import BUNDLED_PATH
 
 PROGRAM = [sys.executable, str(ROOT / "tests" / "pull_fake.py")]
@@ -84,6 +84,16 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub: Hub, contents: d
         hub.add(REPO, f"Tiny-7B-{kind}.gguf", contents[kind])
     yield tmp_path / "home" / "models"
     assert not psutil.Process().children(), "a process is left"
+
+
+@pytest.fixture
+def source(hub: Hub, tmp_path: Path) -> None:
+    """The weights of the tiny model, published."""
+    write_checkpoint(tmp_path / "Tiny-7B")
+    for file in (tmp_path / "Tiny-7B").iterdir():
+        hub.add(SOURCE, file.name, file.read_bytes())
+        if not file.name.endswith(".safetensors"):
+            hub.small.add(file.name)
 
 
 def llmq(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
@@ -230,6 +240,9 @@ def test_a_type_that_is_none_is_refused_before_anybody_is_asked(hub, capsys, kin
         (["tiny", "--name", "storyteller"], "part of llmq"),
         (["tiny", "--name", "../tiny"], "not a model name"),
         (["tiny", "--ctx", "0"], "--ctx"),
+        (["tiny:q8_0", "--type", "q4_k_m"], "the name asks for q8_0 and --type for 'q4_k_m'; give one"),
+        ([f"{REPO}:q8_0", "--type", "q4_k_m"], "give one"),
+        (["tiny:q8_0", "--type", "q4_k_m", "--from-source"], "give one"),
         (["tinny"], "did you mean tiny"),
         ([], "MODEL"),
     ],
@@ -237,6 +250,16 @@ def test_a_type_that_is_none_is_refused_before_anybody_is_asked(hub, capsys, kin
 def test_what_cannot_be_is_refused_before_anybody_is_asked(hub, capsys, arguments: list[str], said: str) -> None:
     assert said in refused(capsys, *arguments)
     assert hub.seen == []
+
+
+@pytest.mark.usefixtures("source")
+@pytest.mark.parametrize("more", [[], ["--from-source"]])
+def test_a_record_that_cannot_be_written_is_known_beforehand(hub, capsys, monkeypatch, tmp_path, more) -> None:
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "models").write_text("a file where a folder is wanted")
+    monkeypatch.setattr("llmq.records.state_dir", lambda: tmp_path / "state")
+    assert "cannot write" in refused(capsys, "tiny", *more)
+    assert hub.answers() == []
 
 
 # ---- what is there already
@@ -369,6 +392,10 @@ def test_a_verdict_comes_before_the_download(store, hub, capsys, monkeypatch, wh
     assert hub.n_sent() <= 1 << 20
     assert not list(store.iterdir())
     hub.reset()
+    if what == "disk":
+        assert said in refused(capsys, "tiny", "--force", code=3)
+        assert not list(store.iterdir())
+        return
     err = pulled(capsys, store / "tiny-7b-q4_k_m.gguf", "tiny", "--force")
     assert "it goes on all the same: " in err
     assert said in err
@@ -642,19 +669,83 @@ def test_a_terminal_gets_a_bar_and_ctrl_c_a_sentence(store, hub, contents, monke
 
 
 # ---- from source
+FROM_SOURCE = ("tiny", "--from-source", "--type", "q8_0")
+
+
+@pytest.mark.usefixtures("source")
 def test_a_model_made_from_its_source_is_made_once(store, hub, tmp_path, capsys) -> None:
-    write_checkpoint(tmp_path / "Tiny-7B")
-    for file in (tmp_path / "Tiny-7B").iterdir():
-        hub.add(SOURCE, file.name, file.read_bytes())
-        if not file.name.endswith(".safetensors"):
-            hub.small.add(file.name)
     path = store / "tiny-7b-q8_0.gguf"
-    err = pulled(capsys, path, "tiny", "--from-source", "--type", "q8_0")
+    err = pulled(capsys, path, *FROM_SOURCE)
     assert "the sha256 of all its files was checked" in err
     assert not list(tmp_path.rglob("home/**/*.safetensors"))
     hub.reset()
-    assert "is there already" in pulled(capsys, path, "tiny", "--from-source", "--type", "q8_0")
+    assert "is there already" in pulled(capsys, path, *FROM_SOURCE)
     assert hub.answers() == []
-    assert "was checked" in pulled(capsys, path, "tiny", "--from-source", "--type", "q8_0", "--fast")
+    assert "was checked" in pulled(capsys, path, *FROM_SOURCE, "--fast")
     origin = json.loads(llmq(capsys, "list", "--json")[1])[-1]["origin"]
     assert origin == f"{SOURCE}@{COMMIT}, quantized as q8_0, --fast"
+
+
+@pytest.mark.usefixtures("source")
+def test_what_was_made_and_not_yet_remembered_is_known_by_its_receipt(store, hub, capsys) -> None:
+    """As after a kill while the finished file is read for its record."""
+    path = store / "tiny-7b-q8_0.gguf"
+    pulled(capsys, path, *FROM_SOURCE)
+    record = read_record(path)
+    drop_record(path)
+    hub.reset()
+    assert "is there already" in pulled(capsys, path, *FROM_SOURCE)
+    assert hub.answers() == []
+    found = read_record(path)
+    assert record
+    assert found
+    assert (found.sha256, found.origin) == (record.sha256, record.origin)
+    drop_record(path)
+    # Made otherwise, it is another model, and nobody's to replace.
+    assert "there is another model" in refused(capsys, *FROM_SOURCE, "--fast")
+
+
+@pytest.mark.usefixtures("source")
+def test_what_was_made_and_then_damaged_is_made_again(store, capsys) -> None:
+    path = store / "tiny-7b-q8_0.gguf"
+    pulled(capsys, path, *FROM_SOURCE)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    os.utime(path, (5, 5))
+    assert "was checked" in pulled(capsys, path, *FROM_SOURCE)
+    assert path.read_bytes() == whole
+
+
+@pytest.mark.usefixtures("source")
+def test_two_that_make_one_model_make_it_once(store, hub, tmp_path) -> None:
+    hub.bytes_per_second = 1 << 18
+    with program("pull", *FROM_SOURCE) as first:
+        read_until(first, "blk.0.")
+        with program("pull", *FROM_SOURCE) as second:
+            assert f"process {first.pid} is writing it; waiting" in read_until(second, "waiting for it")
+            hub.bytes_per_second = 0
+            for each in (first, second):
+                out, err = each.communicate()
+                assert each.returncode == 0, err
+                assert out == f"{store / 'tiny-7b-q8_0.gguf'}\n"
+    assert [path.name for path in store.iterdir()] == ["tiny-7b-q8_0.gguf"]
+    weights = [seen for seen in hub.answers() if seen.path.endswith(".safetensors")]
+    n_bytes = (tmp_path / "Tiny-7B" / "model.safetensors").stat().st_size
+    assert sum(seen.stop - seen.start for seen in weights) <= n_bytes + 2 * CHUNK  # both look at its header
+
+
+@pytest.mark.usefixtures("source")
+def test_one_that_waits_takes_over(store, hub) -> None:
+    hub.bytes_per_second = 1 << 18
+    with program("pull", *FROM_SOURCE) as first:
+        read_until(first, "blk.0.")
+        with program("pull", *FROM_SOURCE) as second:
+            read_until(second, "waiting for it")
+            first.kill()
+            hub.bytes_per_second = 0
+            _, err = second.communicate()
+            assert second.returncode == 0, err
+    assert [path.name for path in store.iterdir()] == ["tiny-7b-q8_0.gguf"]
+    record = read_record(store / "tiny-7b-q8_0.gguf")
+    assert record
+    assert record.sha256 == hashlib.sha256((store / "tiny-7b-q8_0.gguf").read_bytes()).hexdigest()
