@@ -32,8 +32,8 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="A name of llmq list or llmq list --all, the path of a .gguf file, or weights: 13B, or 47B/13B for all "
-        "and used ones.",
+        help="A name of llmq list or llmq list --available, the path of a .gguf file, org/repo, an address, or "
+        "weights: 13B, or 47B/13B for all and used ones.",
         show_default=False,
         autocompletion=options.complete_model,
     ),
@@ -52,14 +52,16 @@ Contexts = Annotated[
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What MODEL means, in each type that it can be had in; `program` gets it, or runs what is there, or is ""."""
+    """What MODEL means, in each type that it can be had in; `program` gets it, or runs what is there, or is "". With
+    `by_type` it takes a type behind a colon."""
 
     sizes: "list[Size]"
     is_there: bool
     program: str
+    by_type: bool
 
     def command(self, kind: str) -> str:
-        return self.program if self.is_there or not self.program else f"{self.program}:{kind}"
+        return f"{self.program}:{kind}" if self.by_type else self.program
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,11 +99,14 @@ def fit(model: Model, contexts: Contexts = None, json_output: Json = False) -> N
 
 # ---- what is asked for
 def find_sizes(text: str) -> Asked:
-    """A published model or weights in each type, or in the one behind a colon; or the file that there is.
+    """A published model or weights in each type, or in the one behind a colon; what a repository or an address has; or
+    the file that there is.
 
-    Raises UsageError for text that means no model, and what open_gguf() raises for a file.
+    Raises UsageError for text that means no model, what open_gguf() raises for a file, and NetworkError.
     """
+    from cli.published import sizes_offered
     from llmq.catalog import find_entry
+    from llmq.reference import Repo, Url, parse_reference
     from quant.size import config_of, kind_of, parse_weights, planned, scaled, size_of_file
 
     what, colon, kind = text.partition(":")
@@ -112,11 +117,18 @@ def find_sizes(text: str) -> Asked:
         if entry.unsupported:
             raise UnsupportedError(f"llmq cannot run {entry.name} yet: {entry.unsupported}")
         command = f"llmq pull {what}" if entry.gguf else f"llmq pull --from-source {what}"
-        return Asked([planned(config_of(entry), each) for each in kinds], False, command)
+        return Asked([planned(config_of(entry), each) for each in kinds], False, command, True)
     if weights:
-        return Asked([scaled(what, *weights, each) for each in kinds], False, "")
+        return Asked([scaled(what, *weights, each) for each in kinds], False, "", False)
+    wanted = parse_reference(text) if "/" in text else None
+    if isinstance(wanted, Repo | Url):
+        sizes, to_make = sizes_offered(wanted, TYPES)
+        address = f"{wanted.repo}{'@' * bool(wanted.revision)}{wanted.revision}" if isinstance(wanted, Repo) else text
+        by_type = isinstance(wanted, Repo) and not wanted.file
+        program = f"llmq pull {'--from-source ' * to_make}{address if by_type else shlex.quote(one_line(text))}"
+        return Asked(sizes, False, program, by_type)
     path = resolve(text)
-    return Asked([size_of_file(path, one_line(path.stem, 40))], True, f"llmq chat {shlex.quote(one_line(text))}")
+    return Asked([size_of_file(path, one_line(path.stem, 40))], True, f"llmq chat {shlex.quote(one_line(text))}", False)
 
 
 def choose_contexts(config: "ModelConfig", wanted: Sequence[int] | None) -> list[int]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from cli.fit import check_fit, judge_download
 from cli.progress import show_bytes
+from cli.published import config_at
 from cli.quantize import follow
 from cli.screen import note, one_line, show_compiling, size
 from llmq.errors import BusyError, FileFormatError, UnsupportedError
@@ -104,16 +105,12 @@ def remember(making: Making) -> None:
 def judge(making: Making, context: int | None, *, force: bool) -> None:
     """Refuses what would not run here, before its weights are asked for."""
     from llmq.files import allocated_bytes
-    from llmq.hub import read_small
     from llmq.part import part_paths
-    from quant.checkpoint import CONFIG, CONFIG_LIMIT
-    from quant.files import parse_json
-    from quant.names import read_hf_config
     from quant.size import planned
 
-    found = making.found
-    config = read_hf_config(parse_json(CONFIG, read_small(found, CONFIG, CONFIG_LIMIT)), found.repo.rpartition("/")[2])
+    size_then = planned(config_at(making.found), making.kind)
     already = allocated_bytes(part_paths(making.path)[0])
-    check_fit(judge_download(planned(config, making.kind), context, making.path.parent, already), force)
-    shards = sum(file.n_bytes for name, file in found.files.items() if "/" not in name and name.startswith("model"))
+    check_fit(judge_download(size_then, context, making.path.parent, already), force)
+    files = making.found.files.items()
+    shards = sum(file.n_bytes for name, file in files if "/" not in name and name.startswith("model"))
     note(f"{size(shards)} will be read over the network, and lie nowhere on disk")

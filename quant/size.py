@@ -12,7 +12,7 @@ from llmq.catalog import CatalogEntry, catalog, find_entry
 from llmq.config import ModelConfig, check_tensors, read_config, tensor_shapes
 from llmq.errors import UsageError
 from llmq.formats import Format
-from llmq.gguf import open_gguf
+from llmq.gguf import GGUF, open_gguf
 from llmq.work import Work, work_per_token
 from quant.recipe import PRESETS, assign
 
@@ -67,16 +67,21 @@ def size_of_file(path: Path, name: str) -> Size:
     Raises FileFormatError and UnsupportedError.
     """
     with open_gguf(path) as gguf:
-        config = read_config(gguf)
-        check_tensors(gguf, config)
-        tensors = {info.name: (info.shape, info.format) for info in gguf.tensors.values()}
-        by_format: Counter[str] = Counter()
-        for info in gguf.tensors.values():
-            by_format[info.format.name.lower()] += info.n_bytes
-        kinds = {preset.file_type: preset.name for preset in PRESETS.values()}
-        declared = gguf.metadata.get("general.file_type")
-        kind = kinds.get(declared, "") if isinstance(declared, int) else ""
-    found = size_of(config, kind or by_format.most_common(1)[0][0], tensors, path.stat().st_size)
+        return size_of_gguf(gguf, path.stat().st_size, name)
+
+
+def size_of_gguf(gguf: GGUF, n_bytes: int, name: str) -> Size:
+    """As size_of_file(), of a header; `n_bytes` is the file's size."""
+    config = read_config(gguf)
+    check_tensors(gguf, config)
+    tensors = {info.name: (info.shape, info.format) for info in gguf.tensors.values()}
+    by_format: Counter[str] = Counter()
+    for info in gguf.tensors.values():
+        by_format[info.format.name.lower()] += info.n_bytes
+    kinds = {preset.file_type: preset.name for preset in PRESETS.values()}
+    declared = gguf.metadata.get("general.file_type")
+    kind = kinds.get(declared, "") if isinstance(declared, int) else ""
+    found = size_of(config, kind or by_format.most_common(1)[0][0], tensors, n_bytes)
     return dataclasses.replace(found, name=name)
 
 
