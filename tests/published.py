@@ -25,6 +25,8 @@ REPO = "org/model"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 CHUNK, WINDOW, HEADER_PIECE = 1 << 14, 1 << 17, 1000
 QUICK = Limits(idle_seconds=0.4, slow_seconds=0.4, tries=3, first_wait=0.01, longest_wait=0.02)
+# Where nothing goes wrong but that the machine is busy.
+PATIENT = Limits(idle_seconds=20.0, slow_seconds=20.0, first_wait=0.01, longest_wait=0.1)
 DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hub import Hub
 from kills import KILLED, forking
-from published import asked_twice, make_small, most_twice, opened, publish, run, written
+from published import PATIENT, asked_twice, make_small, most_twice, opened, publish, run, written
 
 from llmq.part import part_paths
 
@@ -25,7 +25,7 @@ from llmq import part
 published.make_small(pytest.MonkeyPatch())
 part.SAVE_SECONDS = 0
 def run():
-    published.run(published.opened(), Path(sys.argv[2]))
+    published.run(published.opened(published.PATIENT), Path(sys.argv[2]))
 """
 
 
@@ -53,7 +53,7 @@ def test_kills_at_random_moments(hub: Hub, tmp_path: Path, monkeypatch: pytest.M
             if out.exists() and out.read_bytes() != expected:
                 wrong.append(f"{moment}: half a file")
             is_kept = part_paths(out)[1].exists()  # else it was killed when all was done
-            continued += any(report.resumed for report in run(opened(), out))
+            continued += any(report.resumed for report in run(opened(PATIENT), out))
             twice = asked_twice(hub, folder) if is_kept else 0
             most = max(most, twice)
             if out.read_bytes() != expected:
