@@ -7,7 +7,7 @@ from llmq.formats import BF16, F32, Format, dequantize, row_bytes
 from llmq.gguf import GGUF
 
 # Weights that are looked at together.
-STRIP = 1 << 22
+STRIP = 1 << 20
 # The largest magnitude a format holds; block formats keep scales and minima as half floats.
 BF16_MAX = float(np.uint32(0x7F7F8000 - 1).view(np.float32))
 LIMITS = {F32: float(np.finfo(np.float32).max), BF16: BF16_MAX}

@@ -24,7 +24,7 @@ from quant.memory import BASE_BYTES, TEXT_BYTES, check_room
 from quant.model import SourceModel, open_model
 
 # Rows of the output matrix that are float32 at a time; what a probability takes on the way, of two models and compared.
-OUTPUT_ROWS = 1 << 12
+OUTPUT_ROWS = 1 << 10
 PROBABILITY_BYTES = 64
 
 

@@ -30,7 +30,7 @@ from quant.limits import STRIP, check_finite, check_range
 from quant.memory import BASE_BYTES, TEXT_BYTES, check_room
 from quant.model import SourceModel, open_model
 from quant.recipe import takes_type
-from quant.reference import output_log_probs, output_name
+from quant.reference import OUTPUT_ROWS, output_log_probs, output_name
 
 PROBED_LAYERS = 12
 # A model of more weights is probed on part of a chunk, smaller ones on one to eight chunks.
@@ -112,6 +112,8 @@ def sensitivities(src: Path, text: str, *, threads: int | None = None, tell: Tel
                 raise FileFormatError(NOT_NUMBERS)
             model.release()
     tell(config.n_layers + 1, config.n_layers + 1)
+    for probe in probes:
+        probe.hidden[:] = [x[_counted(chunk)].copy() for x, chunk in zip(probe.hidden, chunks, strict=True)]
     if not config.tied_embeddings:
         probes.append(_Probe(output_name(config), probes[0].hidden))
     return _interpolated(_divergences(model, probes, chunks), matrices, probed)
@@ -132,21 +134,21 @@ def _spread(chunks: list[list[int]], gguf: GGUF) -> list[list[int]]:
 
 
 def predicted_memory(model: SourceModel, chunks: Sequence[list[int]]) -> int:
-    """Bytes at the peak: the compiler and the vocabulary, every probe's hidden states, one altered matrix, one layer as
-    the source has it, and the probabilities of a chunk.
+    """Bytes at the peak: the compiler and the vocabulary, every probe's hidden states, one altered matrix, and either
+    one layer as the source has it, or the output matrix and the probabilities of a chunk.
     """
     tensors, config = model.gguf.tensors, model.config
     per_layer = sum(name.startswith("blk.0.") and takes_type(name, info.shape) for name, info in tensors.items())
     n_probes = 2 + per_layer * len(_probed(config.n_layers))
     layer = sum(info.n_bytes for name, info in tensors.items() if name.startswith("blk.0."))
+    output = tensors[output_name(config)].n_bytes + 8 * OUTPUT_ROWS * config.dim
     return (
         BASE_BYTES
         + TEXT_BYTES * config.vocab_size
         + 4 * n_probes * sum(map(len, chunks)) * config.dim
         + max(row_bytes(_altered_format(model.gguf, name), math.prod(info.shape)) for name, info in tensors.items())
         + STRIP_BYTES * STRIP
-        + layer
-        + PROBABILITY_BYTES * len(targets(chunks[0])) * config.vocab_size
+        + max(layer, output + PROBABILITY_BYTES * len(targets(chunks[0])) * config.vocab_size)
     )
 
 
@@ -181,6 +183,7 @@ def _altered_engine(engine: Engine, model: SourceModel, i: int, name: str) -> It
         yield engine
         return
     altered = Altered(model.gguf, name, _probed_rows(model.gguf, name))
+    model.release()
     with closing(Engine(altered, model.config, engine.n_threads)) as own:
         yield own
 
@@ -197,20 +200,24 @@ def _run_layer(engine: Engine, i: int, probe: _Probe, chunks: Sequence[list[int]
             probe.hidden[place][:] = state
 
 
-def _divergences(model: SourceModel, probes: list[_Probe], chunks: Sequence[list[int]]) -> dict[str, float]:
-    """Mean KL of every probe's predictions from the first one's, by the name of its tensor.
+def _counted(chunk: list[int]) -> slice:
+    """Positions in a chunk's second half but the last, as evaluation counts them."""
+    return slice(len(chunk) // 2, len(chunk) - 1)
 
-    Of the positions in a chunk's second half but the last, as evaluation counts them.
+
+def _divergences(model: SourceModel, probes: list[_Probe], chunks: Sequence[list[int]]) -> dict[str, float]:
+    """Mean KL of every probe's predictions from the first one's, by the name of its tensor; their hidden states are
+    those of the positions that count.
     """
     name = output_name(model.config)
     altered = Altered(model.gguf, name, _probed_rows(model.gguf, name))
+    model.release()
     totals = {probe.name: 0.0 for probe in probes[1:]}
     for place, chunk in enumerate(chunks):
-        counted = slice(len(chunk) // 2, len(chunk) - 1)
-        reference = output_log_probs(model.gguf, model.config, probes[0].hidden[place][counted])
+        reference = output_log_probs(model.gguf, model.config, probes[0].hidden[place])
         for probe in probes[1:]:
             gguf = altered if probe.name == name else model.gguf
-            logp = output_log_probs(gguf, model.config, probe.hidden[place][counted])
+            logp = output_log_probs(gguf, model.config, probe.hidden[place])
             totals[probe.name] += float(divergence(reference, logp, targets(chunk))["kl"].mean())
     return {probed: max(total, 0.0) / len(chunks) for probed, total in totals.items()}
 
