@@ -1,5 +1,6 @@
 """Small things from elsewhere, in memory: a request that is asked again with growing pauses until it is answered."""
 
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -16,6 +17,8 @@ Taken = TypeVar("Taken")
 
 MOST_PIECE = 256 << 20
 LEAST_RATE = 10_000  # bytes a second
+# Where there is no network, or nobody at the address, waiting seldom helps.
+NOBODY, FEW_TRIES = (ConnectionRefusedError, socket.gaierror), 3
 
 
 def ask(request: Request, take: Callable[[HTTPResponse], Taken], limits: Limits = LIMITS, n_bytes: int = 0) -> Taken:
@@ -24,7 +27,9 @@ def ask(request: Request, take: Callable[[HTTPResponse], Taken], limits: Limits 
     Raises NetworkError where there is none.
     """
     host = host_of(checked(request.url))
-    for tries in range(1, limits.tries + 1):
+    tries, most = 0, limits.tries
+    while tries < most:
+        tries += 1
         line = Line(limits.idle_seconds)
         # A server that sends a byte now and then would never be idle.
         deadline = threading.Timer(limits.slow_seconds + n_bytes / LEAST_RATE, line.abort)
@@ -35,12 +40,14 @@ def ask(request: Request, take: Callable[[HTTPResponse], Taken], limits: Limits 
         except (RetryError, *BROKEN) as error:
             what = str(error) if isinstance(error, RetryError) else f"cannot be reached ({reason(error)})"
             asked = error.wait if isinstance(error, RetryError) else 0.0
+            if isinstance(error, NOBODY):
+                most = min(most, FEW_TRIES)
         finally:
             deadline.cancel()
             line.close()
-        if tries < limits.tries:
+        if tries < most:
             time.sleep(limits.pause(tries, asked))
-    raise NetworkError(f"{host}: {what}, {limits.tries} times in a row; try again later")
+    raise NetworkError(f"{host}: {what}, {tries} times in a row; try again later")
 
 
 def read_body(answer: HTTPResponse, limit: int) -> bytes:

@@ -174,7 +174,7 @@ def choose_context(config: ModelConfig, n_ctx: int | None) -> int:
     if n_ctx > config.context_length and not config.window:
         raise UsageError(
             f"the context is {n_ctx} tokens, and this model was trained for {config.context_length}; "
-            "give less, or a sliding window (--window)"
+            "give less, or run it with a sliding window (--window)"
         )
     return n_ctx
 

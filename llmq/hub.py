@@ -24,6 +24,7 @@ from llmq.http import Request, checked, host_of, is_private
 TRUE = {"1", "true", "yes", "on"}
 LISTING_LIMIT = 16 << 20
 MOST_FILES, MOST_BYTES = 20_000, 1 << 44
+ENDPOINT = "https://huggingface.co"
 SHA1 = COMMIT = re.compile("[0-9a-f]{40}")
 # Segments of a path in a repository; names that could lead elsewhere do not occur to us.
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,254}(/[A-Za-z0-9_][A-Za-z0-9_.+-]{0,254}){0,7}")
@@ -59,10 +60,7 @@ def refuse_offline(what: str) -> None:
 
 
 def endpoint() -> str:
-    from huggingface_hub import constants
-
-    # Read anew: the module keeps what was there when it was imported.
-    url = os.environ.get("HF_ENDPOINT", "").rstrip("/") or constants.ENDPOINT
+    url = os.environ.get("HF_ENDPOINT", "").rstrip("/") or ENDPOINT
     if checked(url).username is not None:
         raise NetworkError("HF_ENDPOINT holds a login, which llmq does not send; put a token into HF_TOKEN")
     return url
