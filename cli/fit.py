@@ -52,10 +52,11 @@ Contexts = Annotated[
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What MODEL means, in each type that it can be had in; `program` gets it, or runs what is there, or is "". With
-    `by_type` it takes a type behind a colon."""
+    """What MODEL means, in each type that is asked for, of the `types` that it can be had in; `program` gets it, or
+    runs what is there, or is "". With `by_type` it takes a type behind a colon."""
 
     sizes: "list[Size]"
+    types: Sequence[str]
     is_there: bool
     program: str
     by_type: bool
@@ -94,7 +95,7 @@ def fit(model: Model, contexts: Contexts = None, json_output: Json = False) -> N
     if not any(verdict.fits for row in table for verdict in row):
         least = min(asked.sizes, key=lambda each: each.n_bytes)
         already = round(least.n_bytes) if asked.is_there else 0
-        raise ResourceError(refusal(judge_with_advice(least, columns[0], at, already=already)))
+        raise ResourceError(refusal(judge_with_advice(least, columns[0], at, already=already, types=asked.types)))
 
 
 # ---- what is asked for
@@ -117,18 +118,26 @@ def find_sizes(text: str) -> Asked:
         if entry.unsupported:
             raise UnsupportedError(f"llmq cannot run {entry.name} yet: {entry.unsupported}")
         command = f"llmq pull {what}" if entry.gguf else f"llmq pull --from-source {what}"
-        return Asked([planned(config_of(entry), each) for each in kinds], False, command, True)
+        return Asked([planned(config_of(entry), each) for each in kinds], TYPES, False, command, True)
     if weights:
-        return Asked([scaled(what, *weights, each) for each in kinds], False, "", False)
-    wanted = parse_reference(text) if "/" in text else None
+        return Asked([scaled(what, *weights, each) for each in kinds], TYPES, False, "", False)
+    wanted = parse_reference(text) if "/" in text and not is_file(text) else None
     if isinstance(wanted, Repo | Url):
-        sizes, to_make = sizes_offered(wanted, TYPES)
+        offered = sizes_offered(wanted, TYPES)
         address = f"{wanted.repo}{'@' * bool(wanted.revision)}{wanted.revision}" if isinstance(wanted, Repo) else text
         by_type = isinstance(wanted, Repo) and not wanted.file
-        program = f"llmq pull {'--from-source ' * to_make}{address if by_type else shlex.quote(one_line(text))}"
-        return Asked(sizes, False, program, by_type)
+        program = f"llmq pull {'--from-source ' * offered.to_make}{address if by_type else shlex.quote(one_line(text))}"
+        return Asked(offered.sizes, offered.types, False, program, by_type)
     path = resolve(text)
-    return Asked([size_of_file(path, one_line(path.stem, 40))], True, f"llmq chat {shlex.quote(one_line(text))}", False)
+    program = f"llmq chat {shlex.quote(one_line(text))}"
+    return Asked([size_of_file(path, one_line(path.stem, 40))], (), True, program, False)
+
+
+def is_file(text: str) -> bool:
+    try:
+        return Path(text).is_file()
+    except (OSError, ValueError):  # what no system takes for a path
+        return False
 
 
 def choose_contexts(config: "ModelConfig", wanted: Sequence[int] | None) -> list[int]:
@@ -212,8 +221,11 @@ def type_json(row: "Sequence[Verdict]") -> dict[str, Any]:
 
 
 # ---- before a download
-def judge_download(size: "Size", n_ctx: int | None, folder: Path, already: int = 0) -> "Verdict":
-    """Of a file that is to come into `folder`, where `already` bytes of it are; `n_ctx` None is what a run would take.
+def judge_download(
+    size: "Size", n_ctx: int | None, folder: Path, already: int = 0, types: Sequence[str] = TYPES
+) -> "Verdict":
+    """Of a file that is to come into `folder`, where `already` bytes of it are; `n_ctx` None is what a run would take,
+    and `types` are those that it could be had in.
 
     Raises UsageError for a context that the model does not know.
     """
@@ -222,7 +234,7 @@ def judge_download(size: "Size", n_ctx: int | None, folder: Path, already: int =
 
     at = here(known_machine(), folder)
     status.clear()
-    return judge_with_advice(size, choose_context(size.config, n_ctx), at, already=already)
+    return judge_with_advice(size, choose_context(size.config, n_ctx), at, already=already, types=types)
 
 
 def check_fit(verdict: "Verdict", force: bool) -> None:

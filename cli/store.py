@@ -26,6 +26,7 @@ from llmq.store import (
     make_private,
     model_path,
     models_dir,
+    new_model_path,
     remove,
     resolve,
     stored,
@@ -66,7 +67,7 @@ Source = Annotated[
     str,
     typer.Argument(metavar="FILE", help=f"A .gguf file, or {OLLAMA}NAME for a model of Ollama's.", show_default=False),
 ]
-Called = Annotated[str, typer.Option("--name", metavar="NAME", help="Name in the store.  [default: the file's]")]
+Called = Annotated[str | None, typer.Option("--name", metavar="NAME", help="Name in the store.  [default: the file's]")]
 Copy = Annotated[bool, typer.Option("--copy", help="Copy, also where a hard link could be made.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace another model of that name.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Remove without asking.")]
@@ -134,25 +135,23 @@ def mismatch(name: str, path: Path, record: Record) -> str:
     day = time.strftime("%Y-%m-%d", time.gmtime(record.added))
     again = "get it again"
     if path.parent == models_dir():
-        again = f"get it again with `llmq pull`, or remove it with `llmq rm {path.stem}`"
+        again = f"get it again with `llmq pull --force`, or remove it with `llmq rm {path.stem}`"
     if record.fits(path):
         return f"{one_line(name, 40)} is damaged: its sha256 is not that of {day}; {again}"
     return f"{one_line(name, 40)} has changed since {day}: {again}, or --accept it if that was you"
 
 
-def import_model(source: Source, name: Called = "", copy: Copy = False, force: Force = False) -> None:
+def import_model(source: Source, name: Called = None, copy: Copy = False, force: Force = False) -> None:
     """Put a GGUF file into the store, as a hard link where that can be."""
     from llmq.elsewhere import link_or_copy
 
     found = find_source(source)
-    target = model_path(name or default_name(found.label))
-    if target.stem == BUNDLED:
-        raise UsageError(f"{BUNDLED} is the name of the model that is part of llmq; give another with --name")
+    target = new_model_path(default_name(found.label) if name is None else name)
     n_bytes = check_runs(found.path)
     with explained(models_dir()):
         make_private(models_dir())
     if is_same_file(found.path, target) and not (copy and force):
-        tell_import(target, "in the store already")
+        tell_import(target, "in the store already" + (", as a link; --force makes a copy of it" if copy else ""))
         return
     with show_bytes(f"reading {one_line(found.label, 40)}", n_bytes) as on_bytes:
         sha256 = sha256_of(found.path, on_bytes, follow=False)
@@ -201,11 +200,11 @@ def default_name(label: str) -> str:
 
 def check_runs(path: Path) -> int:
     """The size of a file that llmq can run; an error says why it cannot."""
-    from llmq.config import check_tensors, read_config
     from llmq.gguf import open_gguf
+    from llmq.supported import check_supported
 
     with open_gguf(path) as gguf:
-        check_tensors(gguf, read_config(gguf))
+        check_supported(gguf)
     return path.stat().st_size
 
 

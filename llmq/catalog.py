@@ -13,7 +13,7 @@ from typing import Any
 from platformdirs import user_config_path
 
 from llmq.errors import UsageError
-from llmq.store import NAME
+from llmq.store import NAME, RESERVED
 
 MODELS_TOML = Path(__file__).parents[1] / "models.toml"
 FILE_LIMIT = 1 << 20
@@ -25,7 +25,6 @@ Q4_K_M_BYTES = 4.85 / 8
 _PART = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
 REPOSITORY = re.compile(rf"(?!.*(?:--|\.\.)){_PART}/{_PART}")
 # What Windows takes for a device, with any ending.
-RESERVED = re.compile(r"(?:con|prn|aux|nul|com[0-9]|lpt[0-9])(?:\..*)?", re.IGNORECASE)
 
 SHAPE = ("n_layers", "dim", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "vocab_size")
 # The largest that the runtime takes, as in llmq.config; other numbers go up to 2^24.

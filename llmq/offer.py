@@ -1,5 +1,6 @@
 """What of a published model can be fetched: the GGUF file of a type, where it is, and what its header says."""
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,12 +31,14 @@ LONGEST, TAIL = 64, 24
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """A file that can be fetched: `file` is its name there, `type` what that says, `origin` is for its record."""
+    """A file that can be fetched: `file` is its name there, `type` what that says, `origin` is for its record. `types`
+    are all that there are beside it."""
 
     file: str
     type: str
     remote: Remote
     origin: str
+    types: tuple[str, ...] = ()
 
 
 def offers_of(found: Snapshot) -> dict[str, HubFile]:
@@ -46,6 +49,10 @@ def offers_of(found: Snapshot) -> dict[str, HubFile]:
         if file.name.lower().endswith(SUFFIX) and not SPLIT.search(stem) and not OTHERS.search(stem):
             files[type_of(file.name)] = file
     return files
+
+
+def has_weights(found: Snapshot) -> bool:
+    return any(name.endswith(".safetensors") for name in found.files)
 
 
 def type_of(name: str) -> str:
@@ -65,7 +72,7 @@ def choose(found: Snapshot, wanted: Sequence[str], *, exact: bool) -> Offer:
         kind = min(files)
     if kind is None:
         raise UsageError(_nothing(found, files, wanted[0]))
-    return offer_of(found, files[kind])
+    return dataclasses.replace(offer_of(found, files[kind]), types=tuple(files))
 
 
 def offer_of(found: Snapshot, file: HubFile) -> Offer:
@@ -85,8 +92,9 @@ def _nothing(found: Snapshot, files: dict[str, HubFile], wanted: str) -> str:
     if files:
         return f"{found.repo} has no {wanted}; it has {', '.join(sorted(filter(None, files)))}"
     if any(name.lower().endswith(SUFFIX) and SPLIT.search(PurePosixPath(name).stem) for name in found.files):
-        return f"the GGUF files of {found.repo} are in parts, which llmq does not read; try --from-source"
-    if any(name.endswith(".safetensors") for name in found.files):
+        advice = "--from-source makes one of its weights" if has_weights(found) else "choose another repository"
+        return f"the GGUF files of {found.repo} are in parts, which llmq does not read; {advice}"
+    if has_weights(found):
         return f"{found.repo} has no GGUF files; --from-source makes one of its weights"
     return f"{found.repo} has neither GGUF files nor safetensors; is it a model's repository?"
 

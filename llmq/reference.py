@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import SplitResult, unquote, urlsplit
 
-from llmq.catalog import RESERVED, CatalogEntry, catalog, find_entry, is_repository
+from llmq.catalog import CatalogEntry, catalog, find_entry, is_repository
 from llmq.errors import UsageError
-from llmq.store import NAME, SUFFIX
+from llmq.store import NAME, RESERVED, SUFFIX
 
 TEXT_LIMIT, PART_LIMIT = 4096, 255
 

@@ -18,6 +18,8 @@ SUFFIX = ".gguf"
 
 # A name becomes a file name: no separators, no leading dot or dash, nothing that a terminal could act on.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+# What Windows takes for a device, with or without an ending.
+RESERVED = re.compile(r"(?:con|prn|aux|nul|com[0-9]|lpt[0-9])(?:\..*)?", re.IGNORECASE)
 # What ends the name of a model in a type, as `llmq pull` and `llmq quantize` give them.
 TYPED = re.compile(r"(.+)[-.](i?q[1-8](?:_[a-z0-9]+)*|bf16|f16|f32)$")
 
@@ -63,6 +65,15 @@ def model_path(name: str) -> Path:
             "beginning with a letter or digit"
         )
     return models_dir() / (name + SUFFIX)
+
+
+def new_model_path(name: str) -> Path:
+    """model_path() of a model that is to come. UsageError also where the name is taken or is no file's everywhere."""
+    path = model_path(name)
+    if name == BUNDLED or RESERVED.fullmatch(name):
+        why = "the name of the model that is part of llmq" if name == BUNDLED else "no name for a file everywhere"
+        raise UsageError(f"{name} is {why}; give another with --name")
+    return path
 
 
 def resolve(name_or_path: str | os.PathLike[str]) -> Path:

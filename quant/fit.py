@@ -165,18 +165,20 @@ def judge(size: Size, n_ctx: int, at: Here, *, kv_type: str = "f16", already: in
     return Verdict(size.name, size.type, n_bytes, n_ctx, memory, at.memory_free, needed, at.disk_free, prefill, decode)
 
 
-def judge_with_advice(size: Size, n_ctx: int, at: Here, *, kv_type: str = "f16", already: int = 0) -> Verdict:
-    """As judge(); where it does not fit, `instead` is the same type with a smaller context, or else a smaller type with
-    the same context, or with a smaller one.
+def judge_with_advice(
+    size: Size, n_ctx: int, at: Here, *, kv_type: str = "f16", already: int = 0, types: Collection[str] = PREFERRED
+) -> Verdict:
+    """As judge(); where it does not fit, `instead` is the same type with a smaller context, or else a smaller one of
+    `types` with the same context, or with a smaller one.
     """
     verdict = judge(size, n_ctx, at, kv_type=kv_type, already=already)
     if verdict.fits:
         return verdict
     contexts = [n for n in SMALLER_CONTEXTS if n < n_ctx]
-    types = [planned(size.config, kind) for kind in PREFERRED if kind != size.type]
+    smaller = [planned(size.config, kind) for kind in PREFERRED if kind in types and kind != size.type]
     others = itertools.chain(
         (judge(size, n, at, kv_type=kv_type, already=already) for n in contexts),
-        (judge(other, n, at, kv_type=kv_type) for n in (n_ctx, *contexts) for other in types),
+        (judge(other, n, at, kv_type=kv_type) for n in (n_ctx, *contexts) for other in smaller),
     )
     return dataclasses.replace(verdict, instead=next((other for other in others if other.fits), None))
 

@@ -50,7 +50,7 @@ def open_remote(found: Snapshot, limits: Limits = LIMITS, window: int = WINDOW) 
     Raises what open_source() does of a folder with these files, and NetworkError.
     """
     name = found.repo.rpartition("/")[2]
-    _check_files(found)
+    check_files(found)
     course = StreamCourse(limits, window)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / name
@@ -65,7 +65,8 @@ def open_remote(found: Snapshot, limits: Limits = LIMITS, window: int = WINDOW) 
     return Source(found.repo, found.commit, identity, metadata, weights, (), lambda: None, course)
 
 
-def _check_files(found: Snapshot) -> None:
+def check_files(found: Snapshot) -> None:
+    """FileFormatError where something is missing that a model is made of."""
     if SINGLE not in found.files and INDEX not in found.files:
         raise no_weights(found.repo, found.files)
     if MODEL not in found.files:
@@ -217,11 +218,7 @@ class StreamCourse:
             raise self._damaged(number)
 
     def _damaged(self, number: int) -> DamagedStreamError:
-        return DamagedStreamError(
-            f"{self.shards[number].name} arrived damaged: its sha256 is not what was announced; the same command goes "
-            "on before that file",
-            number,
-        )
+        return DamagedStreamError(self.shards[number].name, number)
 
     def _close(self, shard: int) -> None:
         with self._lock:

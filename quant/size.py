@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmq.catalog import CatalogEntry, catalog, find_entry
-from llmq.config import ModelConfig, check_tensors, read_config, tensor_shapes
+from llmq.config import ModelConfig, tensor_shapes
 from llmq.errors import UsageError
 from llmq.formats import Format
 from llmq.gguf import GGUF, open_gguf
@@ -72,8 +72,9 @@ def size_of_file(path: Path, name: str) -> Size:
 
 def size_of_gguf(gguf: GGUF, n_bytes: int, name: str) -> Size:
     """As size_of_file(), of a header; `n_bytes` is the file's size."""
-    config = read_config(gguf)
-    check_tensors(gguf, config)
+    from llmq.supported import check_supported  # its tokenizer is heavy, and not needed for what is not there
+
+    config = check_supported(gguf)
     tensors = {info.name: (info.shape, info.format) for info in gguf.tensors.values()}
     by_format: Counter[str] = Counter()
     for info in gguf.tensors.values():
@@ -123,9 +124,10 @@ def parse_size(text: str) -> Size:
 
 def kind_of(text: str) -> str:
     """A type by its name in any case. Raises UsageError."""
-    if text.lower() not in PRESETS:
-        raise UsageError(f"there is no type {text[:20].lower()!a}; there are {', '.join(PRESETS)}")
-    return text.lower()
+    kind = text.lower().replace("fp", "f")
+    if kind not in PRESETS:
+        raise UsageError(f"there is no type {text[:40]!a}; there are {', '.join(PRESETS)}")
+    return kind
 
 
 def parse_weights(text: str) -> tuple[float, float] | None:

@@ -69,6 +69,26 @@ def test_the_type_behind_a_colon_may_be_any_that_there_is(capsys, published) -> 
     assert "has no q6_k; it has iq3_xxs, q4_k_m, q8_0" in err
 
 
+def test_a_file_that_is_there_comes_before_a_repository(hub, tmp_path, capsys, monkeypatch) -> None:
+    (tmp_path / "org").mkdir()
+    (tmp_path / "org" / "model").write_bytes((tmp_path / "Q8_0.gguf").read_bytes())
+    monkeypatch.chdir(tmp_path)
+    assert told(capsys, "org/model")[1] == "llmq chat org/model"
+    assert not hub.seen
+
+
+def test_float_types_have_two_names(capsys) -> None:
+    assert list(told(capsys, f"{WEIGHTS}:fp16")[0]) == ["f16"]
+    assert list(told(capsys, "1B:FP16")[0]) == ["f16"]
+
+
+def test_advice_is_of_the_types_that_there_are(capsys, monkeypatch) -> None:
+    monkeypatch.setattr("quant.fit.disk_free", lambda *_: 10**5)
+    code, _, err = llmq(capsys, "fit", FILES)
+    assert code == 3
+    assert err.endswith("free some disk space\n")
+
+
 def test_an_address_is_one_file(hub, capsys, published) -> None:
     address = f"https://huggingface.co/{FILES}/blob/main/Tiny-7B-Q8_0.gguf"
     assert told(capsys, address) == ({"q8_0": published["q8_0"]}, f"llmq pull {address}")
@@ -93,11 +113,18 @@ def test_weights_are_judged_as_what_they_can_be_made_into(hub, capsys) -> None:
         ("org/empty", 2, "neither GGUF files nor safetensors"),
         (f"hf.co/{FILES}/blob/main/other.gguf", 5, "has no file"),
         ("here/is/nothing", 2, "is no name, no repository and no file"),
-        ("./org/Tiny-7B.gguf", 2, "no"),
+        ("./org/Tiny-7B.gguf", 2, "there is no file"),
+        ("org/no-words", 1, "tokenizer.model"),
+        ("org/other-words", 1, "tokenizer is 'gpt-2'"),
     ],
 )
 def test_what_cannot_be_is_a_line(hub, capsys, what: str, code: int, said: str) -> None:
     hub.add("org/empty", "README.md", b"nothing")
+    for name in ("config.json", "model.safetensors"):
+        hub.add("org/no-words", name, hub.repos[WEIGHTS][name])
+    file = hub.repos[FILES]["Tiny-7B-Q8_0.gguf"]
+    before, key, after = file.partition(b"tokenizer.ggml.model")
+    hub.add("org/other-words", "x-Q8_0.gguf", before + key + after.replace(b"llama", b"gpt-2", 1))
     found, out, err = llmq(capsys, "fit", what)
     assert (found, out) == (code, "")
     assert said in err

@@ -201,6 +201,7 @@ def test_import_takes_a_model_from_ollama(models, tmp_path, content, capsys) -> 
         (lambda content: content[:4] + b"\x09" + content[5:], 1),
         (lambda content: content.replace(b"llama", b"lemma", 1), 1),
         (lambda content: content.replace(b"blk.0.attn_q", b"blk.0.attn_z", 1), 4),
+        (lambda content: content.replace(b"tokenizer.ggml.model", b"tokenizer.ggml.other", 1), 4),
     ],
 )
 def test_import_takes_only_what_can_be_run(models, file, content, tmp_path, capsys, change, code) -> None:

@@ -51,6 +51,7 @@ RANKS = {
     "llmq.sampler": 9,
     "llmq.tokenizer": 9,
     "llmq.prompt": 10,
+    "llmq.supported": 10,
     "llmq.engine": 11,
     "llmq.draft": 9,
     "llmq.generate": 12,
