@@ -1,6 +1,8 @@
 """llmq pull --from-source: the official weights quantized as they arrive."""
 
+import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +20,10 @@ if TYPE_CHECKING:
 WAIT_SECONDS = 0.5
 
 
+class _MadeMeanwhileError(Exception):
+    """Another process made what was about to be made."""
+
+
 @dataclass(frozen=True, slots=True)
 class Making:
     """What is made: a file of the store, of what a repository holds at a commit."""
@@ -32,74 +38,115 @@ class Making:
         return f"{self.found.repo}@{self.found.commit}, quantized as {self.kind}{', --fast' if self.fast else ''}"
 
 
-def is_made(making: Making) -> bool:
-    """Whether the store has it: a record says so, or, of a file that no record tells of yet, its own receipt."""
+def is_made(making: Making, *, reread: bool = False) -> bool:
+    """Whether the store has it: a record says so, or, of a file that no record tells of yet, its own receipt. One that
+    has another date than its record is read again, and any with `reread`."""
     from llmq.gguf import open_gguf
-    from llmq.records import read_record
+    from llmq.records import read_record, write_record
     from quant.receipt import is_made_of, settings
 
-    record = read_record(making.path)
+    path, record = making.path, read_record(making.path)
+    if not path.is_file() or path.is_symlink():
+        return False
     if record and record.origin == making.origin:
-        return record.fits(making.path)
-    if not making.path.is_file():
+        if reread or not record.fits(path):
+            if path.stat().st_size != record.n_bytes or content_of(path) != record.sha256:
+                return False
+            write_record(path, record.sha256, record.origin, record.added)
+        return True
+    if reread:
         return False
     try:
-        with open_gguf(making.path) as gguf:
+        with open_gguf(path) as gguf:
             made_as = making.kind, settings(making.fast, (), ())
             return is_made_of(gguf.metadata, making.found.repo, making.found.commit, *made_as)
     except (FileFormatError, UnsupportedError):
         return False
 
 
-def quantize_published(making: Making, context: int | None, *, force: bool) -> None:
-    """Makes it; where another process does so already, waits for that, and takes over if it dies."""
+def quantize_published(making: Making, context: int | None, check_replaced: Callable[[], None], *, force: bool) -> None:
+    """Makes it; where another process does so already, waits for that, and takes over if it dies. `check_replaced` is
+    called whenever a file of the name is about to be replaced."""
     from llmq.jit import compile_log
     from llmq.locks import is_held
     from llmq.part import part_paths
     from llmq.records import drop_record
 
+    before = identity(making.path)
+
+    def check_held() -> None:
+        if identity(making.path) != before and is_made(making):
+            raise _MadeMeanwhileError
+        check_replaced()
+
+    def wait() -> None:
+        time.sleep(WAIT_SECONDS)
+        while is_held(part_paths(making.path)[0]):
+            time.sleep(WAIT_SECONDS)
+        check_held()
+
+    check_replaced()
     compile_log.listener = show_compiling
     judge(making, context, force=force)
-    while not is_made(making):
-        try:
-            follow_stream(making)
-            drop_record(making.path)  # of a file that was there before
-            remember(making)
-        except BusyError as error:
-            note(f"{one_line(str(error).rpartition(';')[0], 160)}; waiting for it")
-            while is_held(part_paths(making.path)[0]):
-                time.sleep(WAIT_SECONDS)
+    if before:
+        note(f"{making.path.stem} is replaced when the new one is there")
+    try:
+        while not follow_stream(making, check_held):
+            wait()
+        drop_record(making.path)  # of a file that was there before
+    except _MadeMeanwhileError:
+        pass
     made = f"{size(making.path.stat().st_size)} made of {one_line(making.found.repo, 60)}"
     note(f"{made}; the sha256 of all its files was checked")
 
 
-def follow_stream(making: Making) -> None:
-    """Once more from where a file begins that arrived damaged."""
+def follow_stream(making: Making, check_held: Callable[[], None]) -> bool:
+    """False where another process is at it; once more from where a file begins that arrived damaged."""
     from quant.quantize import quantize
     from quant.remote import open_remote
     from quant.source import DamagedStreamError
 
     title = f"{one_line(making.found.repo, 60)} to {making.kind}"
-    for is_last in (False, True):
+    is_again = False
+    while True:
+        source = open_remote(making.found)
+        reports = quantize(source, making.path, making.kind, fast=making.fast, follow=False, held=check_held)
         try:
-            follow(quantize(open_remote(making.found), making.path, making.kind, fast=making.fast), title)
-            return
+            follow(reports, title)
+            return True
+        except BusyError as error:
+            who = f"process {error.holder}" if error.holder else "another process"
+            note(f"{who} makes this already; waiting for it")
+            return False
         except DamagedStreamError as error:
-            if is_last:
+            if is_again:
                 raise
-            note(f"{one_line(str(error), 160)}: now")
+            note(f"{error.file} arrived damaged, and is read once more")
+            is_again = True
 
 
 def remember(making: Making) -> None:
     """Writes the record of what is made, unless there is one."""
-    from llmq.files import sha256_of
     from llmq.records import current_record, write_record
 
-    if current_record(making.path):
-        return
-    with show_bytes(f"reading {making.path.stem}", making.path.stat().st_size) as on_bytes:
-        sha256 = sha256_of(making.path, on_bytes)
-    write_record(making.path, sha256, making.origin)
+    if not current_record(making.path):
+        write_record(making.path, content_of(making.path), making.origin)
+
+
+def content_of(path: Path) -> str:
+    """The sha256 of a file of the store, which takes a while."""
+    from llmq.files import sha256_of
+
+    with show_bytes(f"reading {path.stem}", path.stat().st_size) as on_bytes:
+        return sha256_of(path, on_bytes)
+
+
+def identity(path: Path) -> tuple[int, ...]:
+    """Another one where the file is another one; () where there is none."""
+    if not os.path.lexists(path):
+        return ()
+    status = path.lstat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def judge(making: Making, context: int | None, *, force: bool) -> None:

@@ -1,6 +1,9 @@
 """llmq pull: a published model into the store, verified, or one line that says why not."""
 
 import contextlib
+import functools
+import os
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,25 +13,17 @@ import typer
 
 from cli import options
 from cli.progress import show_transfer
-from cli.quantize import checked_preset
+from cli.published import DEFAULT_TYPE, find_offer
 from cli.screen import note, one_line, size
-from llmq.catalog import RESERVED
-from llmq.errors import NetworkError, UnsupportedError, UsageError
-from llmq.store import BUNDLED, SUFFIX, make_private, model_path
+from llmq.errors import UnsupportedError, UsageError
+from llmq.store import make_private, new_model_path
 
 if TYPE_CHECKING:
     from llmq.config import ModelConfig
-    from llmq.gguf import GGUF
     from llmq.gguf_header import TensorInfo
     from llmq.offer import Offer
     from llmq.reference import Published, Repo, Url
     from quant.size import Size
-
-DEFAULT_TYPE = "q4_k_m"
-# Of a repository without it, the first of these that it has.
-FETCHED = (
-    DEFAULT_TYPE, "q4_k_s", "q4_k_l", "iq4_xs", "q4_0", "q5_k_m", "q5_k_s", "q6_k", "q8_0", "q3_k_l", "q3_k_m", "f16",
-)  # fmt: skip
 
 
 def complete_published(incomplete: str) -> list[str]:
@@ -80,39 +75,39 @@ def pull(
 ) -> None:
     """Fetch a published model; an interrupted pull is continued by the same command."""
     from llmq.reference import Local, Published, Url, parse_reference
+    from quant.size import kind_of
 
     wanted = parse_reference(options.utf8(model))
+    for option, text in (("--name", name), ("--type", kind)):
+        if text == "":
+            raise UsageError(f"what {option} gives is empty; give one, or leave it away")
     if name:
-        check_name(name)
+        new_model_path(name)
     if fast and not from_source:
         raise UsageError("--fast goes with --from-source; what is fetched is as it is, and `llmq quantize` has its own")
     if from_source and isinstance(wanted, Local | Url):
         raise UsageError("--from-source takes a model's name or org/repo, not an address or a path")
     if isinstance(wanted, Local):
-        take_local(wanted.path, name, kind)
+        if context is not None:
+            raise UsageError("--ctx goes with what is fetched, whose memory is judged; leave it away")
+        take_local(wanted.path, name, kind, force=force)
         return
     if isinstance(wanted, Published) and wanted.entry.unsupported:
         raise UnsupportedError(f"llmq cannot run {wanted.entry.name} yet: {wanted.entry.unsupported}")
     check_one_type(wanted, kind)
     if from_source and not isinstance(wanted, Url):
-        typed = checked_preset(kind or wanted.type or DEFAULT_TYPE)
+        typed = kind_of(kind or wanted.type or DEFAULT_TYPE)
         finish(make_from_source(wanted, typed, name, context, fast=fast, force=force))
         return
     offer, label = find_offer(wanted, checked_type(wanted, kind))
     target = target_of(name or label)
-    if is_there(target, offer):
+    if is_there(target, offer, reread=force):
         note(f"{target.name} is there already, the same as {one_line(offer.origin, 120)}")
     else:
         check_replaced(target, offer.origin, force=force)
         if not take_from_elsewhere(target, offer):
             download(target, offer, context, force=force)
     finish(target)
-
-
-def check_name(name: str) -> None:
-    if model_path(name).stem == BUNDLED or RESERVED.fullmatch(name):
-        why = "the name of the model that is part of llmq" if name == BUNDLED else "no name for a file everywhere"
-        raise UsageError(f"{name} is {why}; give another with --name")
 
 
 def check_one_type(wanted: "Published | Repo | Url", kind: str | None) -> None:
@@ -137,11 +132,14 @@ def checked_type(wanted: "Published | Repo | Url", kind: str | None) -> str:
 
 
 def target_of(name: str) -> Target:
+    """Raises UsageError where nothing can be written there, or nothing remembered of it."""
+    from llmq.files import check_target, explained
     from llmq.records import check_record
 
-    check_name(name)
-    path = model_path(name)
-    make_private(path.parent)
+    path = new_model_path(name)
+    with explained(path):
+        make_private(path.parent)
+    check_target(path)
     check_record(path)
     return Target(name, path)
 
@@ -151,59 +149,26 @@ def finish(target: Target) -> None:
     sys.stdout.write(f"{one_line(str(target.path), 4096)}\n")
 
 
-# ---- what is on offer
-def find_offer(wanted: "Published | Repo | Url", kind: str) -> "tuple[Offer, str]":
-    """The file to fetch, and a name for it. Asks the hub."""
-    from llmq.hub import snapshot
-    from llmq.offer import choose, offer_at, offer_of, store_name
-    from llmq.reference import Published, Url
-
-    if isinstance(wanted, Url):
-        offer = offer_at(wanted)
-        return offer, store_name(offer.file.removesuffix(SUFFIX))
-    if isinstance(wanted, Published):
-        return published_offer(wanted, kind)
-    found = snapshot(wanted.repo, wanted.revision)
-    if wanted.file:
-        file = found.files.get(wanted.file)
-        if not file:
-            raise NetworkError(f"{wanted.repo} has no file {one_line(wanted.file, 80)!a}; check the name")
-        offer = offer_of(found, file)
-    else:
-        offer = choose(found, [kind] if kind else FETCHED, exact=bool(kind))
-    stem = Path(offer.file).name.removesuffix(SUFFIX)
-    return offer, store_name(stem)
-
-
-def published_offer(wanted: "Published", kind: str) -> "tuple[Offer, str]":
-    from llmq.hub import snapshot
-    from llmq.offer import choose, store_name
-
-    entry = wanted.entry
-    if not entry.gguf:
-        raise UsageError(f"no ready file of {entry.name} is known; `llmq pull {entry.name} --from-source` makes one")
-    offer = choose(snapshot(entry.gguf), [kind or DEFAULT_TYPE], exact=True)
-    return offer, store_name(entry.name, offer.type)
-
-
 def make_from_source(
     wanted: "Published | Repo", kind: str, name: str | None, context: int | None, *, fast: bool, force: bool
 ) -> Target:
     from cli.from_source import Making, is_made, quantize_published, remember
     from llmq.hub import snapshot
-    from llmq.offer import store_name
+    from llmq.offer import has_weights, store_name
     from llmq.reference import Published
 
     found = snapshot(wanted.entry.repo) if isinstance(wanted, Published) else snapshot(wanted.repo, wanted.revision)
+    if not has_weights(found):
+        raise UsageError(f"{found.repo} has no safetensors to quantize; leave --from-source away for its GGUF files")
     label = wanted.entry.name if isinstance(wanted, Published) else found.repo.rpartition("/")[2]
     target = target_of(name or store_name(label, kind))
     making = Making(found, target.path, kind, fast)
-    if is_made(making):
-        remember(making)
+    if is_made(making, reread=force):
         note(f"{target.name} is there already, made of {one_line(found.repo, 60)}")
     else:
-        check_replaced(target, f"{found.repo}@", force=force)
-        quantize_published(making, context, force=force)
+        check = functools.partial(check_replaced, target, making.origin, force=force)
+        quantize_published(making, context, check, force=force)
+    remember(making)
     return target
 
 
@@ -212,12 +177,12 @@ def check_replaced(target: Target, origin: str, *, force: bool) -> None:
     """A model gives way to another version of itself, damaged or not, and to nothing else unless `force` is given."""
     from llmq.records import read_record
 
-    if force or not target.path.exists():
+    if force or not os.path.lexists(target.path):
         return
     record = None if target.path.is_symlink() else read_record(target.path)
     if not (
         record
-        and record.origin.partition("@")[0] == origin.partition("@")[0]
+        and of_any_version(record.origin) == of_any_version(origin)
         and record.n_bytes == target.path.stat().st_size
     ):
         raise UsageError(
@@ -225,10 +190,15 @@ def check_replaced(target: Target, origin: str, *, force: bool) -> None:
         )
 
 
-def is_there(target: Target, offer: "Offer") -> bool:
-    """Whether the store has this very file. One that was changed, or that nothing is known of, is read again."""
-    from cli.progress import show_bytes
-    from llmq.files import sha256_of
+def of_any_version(origin: str) -> str:
+    """What a record says of where a model came from, but for the commit, and how thoroughly it was made."""
+    return re.sub("@[0-9a-f]{40}", "", origin, count=1).removesuffix(", --fast")
+
+
+def is_there(target: Target, offer: "Offer", *, reread: bool) -> bool:
+    """Whether the store has this very file. One that was changed, or that nothing is known of, is read again, and any
+    with `reread`."""
+    from cli.from_source import content_of
     from llmq.records import current_record, write_record
 
     remote = offer.remote
@@ -237,11 +207,9 @@ def is_there(target: Target, offer: "Offer") -> bool:
     record = current_record(target.path)
     if not remote.sha256:
         return record is not None and record.origin == offer.origin
-    if record:
+    if record and not reread:
         return record.sha256 == remote.sha256
-    with show_bytes(f"reading {target.name}", remote.n_bytes) as on_bytes:
-        sha256 = sha256_of(target.path, on_bytes)
-    if sha256 != remote.sha256:
+    if content_of(target.path) != remote.sha256:
         return False
     write_record(target.path, remote.sha256, offer.origin)
     return True
@@ -253,6 +221,7 @@ def take_from_elsewhere(target: Target, offer: "Offer") -> bool:
     from llmq.elsewhere import find_by_sha256, link_or_copy
     from llmq.gguf import open_gguf
     from llmq.records import drop_record, write_record
+    from llmq.supported import check_supported
 
     remote = offer.remote
     if not remote.sha256:
@@ -262,7 +231,7 @@ def take_from_elsewhere(target: Target, offer: "Offer") -> bool:
     if not source:
         return False
     with open_gguf(source) as gguf:
-        check_runs(gguf)
+        check_supported(gguf)
     drop_record(target.path)
     how = link_or_copy(source, target.path, remote.sha256, replace=True)
     write_record(target.path, remote.sha256, offer.origin)
@@ -270,19 +239,23 @@ def take_from_elsewhere(target: Target, offer: "Offer") -> bool:
     return True
 
 
-def take_local(path: Path, name: str | None, kind: str | None) -> None:
+def take_local(path: Path, name: str | None, kind: str | None, *, force: bool) -> None:
     """A file is imported, a folder quantized."""
-    from cli.quantize import quantize
+    from cli.quantize import default_out, quantize
     from cli.store import import_model
+    from quant.size import kind_of
 
     if path.is_dir():
-        quantize(path, model_path(name) if name else None, kind or DEFAULT_TYPE)
+        kind = kind_of(kind or DEFAULT_TYPE)
+        target = target_of(name or default_out(path, kind).stem)
+        check_replaced(target, "", force=force)
+        quantize(path, target.path, kind)
     elif kind:
         raise UsageError(
             "--type goes with what is fetched or a checkpoint folder; `llmq quantize` changes a file's type"
         )
     else:
-        import_model(str(path), name or "")
+        import_model(str(path), name, force=force)
 
 
 # ---- fetching
@@ -294,31 +267,23 @@ def download(target: Target, offer: "Offer", context: int | None, *, force: bool
     from llmq.offer import peek
     from llmq.part import part_paths
     from llmq.records import drop_record, write_record
+    from llmq.supported import check_supported
     from llmq.transfer import fetch
 
     if target.path.exists():
         note(f"{target.name} is replaced when the new one is there")
     metadata, tensors = peek(offer)
-    config = check_runs(GGUF(Path(offer.file), metadata, tensors, None))
+    config = check_supported(GGUF(Path(offer.file), metadata, tensors, None))
     already = allocated_bytes(part_paths(target.path)[0])
-    check_fit(judge_download(sized(offer, config, tensors), context, target.path.parent, already), force)
+    verdict = judge_download(sized(offer, config, tensors), context, target.path.parent, already, offer.types)
+    check_fit(verdict, force)
+    check = functools.partial(check_replaced, target, offer.origin, force=force)
     with warm(tensors):
-        done = show_transfer(fetch(offer.remote, target.path), target.name)
+        done = show_transfer(fetch(offer.remote, target.path, held=check), target.name)
     drop_record(target.path)
     write_record(target.path, done.sha256, offer.origin)
     vouched = "its sha256 is what was announced" if offer.remote.sha256 else "nobody announced its sha256"
     note(f"{size(done.total)} of {one_line(offer.origin, 120)}; {vouched}")
-
-
-def check_runs(gguf: "GGUF") -> "ModelConfig":
-    """Refuses what could not be run, by its header alone."""
-    from llmq.config import check_tensors, read_config
-    from llmq.tokenizer import load_tokenizer
-
-    config = read_config(gguf)
-    check_tensors(gguf, config)
-    load_tokenizer(gguf.metadata)
-    return config
 
 
 def sized(offer: "Offer", config: "ModelConfig", tensors: "dict[str, TensorInfo]") -> "Size":

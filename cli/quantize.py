@@ -83,9 +83,10 @@ def quantize(
     from quant.outputs import check_outputs
     from quant.quantize import quantize as quantize_tensors
     from quant.recipe import parse_override
+    from quant.size import kind_of
     from quant.source import open_source
 
-    preset = checked_preset(preset)
+    preset = kind_of(preset)
     overrides = [parse_override(text) for text in tensor_type or ()]
     budget = checked_budget(preset, optimize, file_size, bpw)
     calibrate = calibrate or text is not None
@@ -117,6 +118,7 @@ def quantize(
         fast=fast,
         mix=mix,
         remarks=remarks,
+        follow=out.parent != models_dir(),
     )
     done = follow(quantized, f"{one_line(source.name, 40)} to {label}")
     drop_record(out)  # of a file that was there before
@@ -128,14 +130,6 @@ def quantize(
         write_imatrix(save_imatrix, knowledge.guides.finish())
     if report:
         write_page(report, source, out, done, run=words is not None, calibrated=bool(knowledge.sha256))
-
-
-def checked_preset(name: str) -> str:
-    from quant.recipe import PRESETS
-
-    if name.lower() not in PRESETS:
-        raise UsageError(f"there is no type {name[:40]!a}; there are {', '.join(PRESETS)}")
-    return name.lower()
 
 
 def follow(quantized: "Iterator[TensorReport]", title: str) -> "list[TensorReport]":

@@ -14,7 +14,12 @@ class UsageError(LlmqError):
 
 
 class BusyError(UsageError):
-    """Another process is writing the same file."""
+    """Another process is writing the same file: `holder`, 0 where it does not say who it is."""
+
+    def __init__(self, what: str, holder: int) -> None:
+        self.holder = holder
+        who = f"process {holder}" if holder else "another process"
+        super().__init__(f"{what}: {who} is writing it; wait for it to end")
 
 
 class ResourceError(LlmqError):

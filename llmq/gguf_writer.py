@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -14,7 +14,7 @@ import numpy as np
 
 from llmq.formats import Format, row_bytes
 from llmq.gguf_header import ALIGNMENT, ARRAY, MAGIC, NAME_LIMIT, NUMBERS, STRING
-from llmq.part import Note, PartFile
+from llmq.part import Note, PartFile, nothing_to_check
 
 VERSION = 3
 TYPE_IDS = {dtype: type_id for type_id, dtype in NUMBERS.items()}
@@ -43,11 +43,22 @@ class GGUFWriter:
     Metadata types: str; bool; int as u32, float as f32, NumPy scalars and arrays as their own type; lists of str or
     bytes as strings, of int as i32, of float as f32. What the reader yields is written back as it was.
 
-    Raises UsageError where the target cannot be written or is being written, ResourceError where the disk is too small.
+    A target that is a link is followed, unless `follow` is False: then the link is replaced. `held` is called once
+    nobody else writes the target, and before anything of it is written; what it raises is passed on.
+
+    Raises UsageError where the target cannot be written, BusyError where it is being written, ResourceError where the
+    disk is too small.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], metadata: dict[str, Any], tensors: Sequence[TensorSpec], job: str = ""
+        self,
+        path: str | os.PathLike[str],
+        metadata: dict[str, Any],
+        tensors: Sequence[TensorSpec],
+        job: str = "",
+        *,
+        follow: bool = True,
+        held: Callable[[], None] = nothing_to_check,
     ) -> None:
         assert len({spec.name for spec in tensors}) == len(tensors), "two tensors of one name"
         self._metadata = metadata
@@ -60,7 +71,8 @@ class GGUFWriter:
         self._name, self._at = "", 0
         self._pieces: list[tuple[str, int]] = []  # tensor and bytes of each
         self._piece = 0  # bytes of the one being written
-        self._part = PartFile(Path(path), job and hashlib.sha256(job.encode() + self._header).hexdigest())
+        job = job and hashlib.sha256(job.encode() + self._header).hexdigest()
+        self._part = PartFile(Path(path), job, follow=follow, held=held)
 
     @property
     def n_bytes(self) -> int:

@@ -13,6 +13,7 @@ import stat
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,10 @@ SAVE_BYTES = 64 << 20
 SAVE_SECONDS = 1.0
 
 
+def nothing_to_check() -> None:
+    """For those who hold a file and have nothing to look at first."""
+
+
 def part_paths(target: Path) -> tuple[Path, Path, Path]:
     """The files written beside `target`: the part, its journal, and the journal's next version."""
     part = target.with_name(f"{target.name}.part")
@@ -36,7 +41,8 @@ def part_paths(target: Path) -> tuple[Path, Path, Path]:
 
 class PartFile:
     """A head, written anew by every run, and pieces behind it; open() first, and publish() or leave() last. A target
-    that is a link is followed, unless `follow` is False: then the link is replaced.
+    that is a link is followed, unless `follow` is False: then the link is replaced. `held` is called once no other
+    process writes the file, before this one does; what it raises is passed on, and what an earlier run left is kept.
 
     A piece is either taken over from an earlier run of the same `job` or written and recorded, in the same order as
     there; it lies behind the one before, or where goto() says. What is recorded is flushed to disk and told in the
@@ -46,9 +52,11 @@ class PartFile:
     full disk.
     """
 
-    def __init__(self, target: Path, job: str = "", *, follow: bool = True) -> None:
+    def __init__(
+        self, target: Path, job: str = "", *, follow: bool = True, held: Callable[[], None] = nothing_to_check
+    ) -> None:
         self.target = Path(os.path.realpath(target)) if follow else target
-        self._job = job
+        self._job, self._held = job, held
         self._path, self._journal, self._new = part_paths(self.target)
         self._descriptor = -1
         self._earlier: deque[dict[str, Any]] = deque()  # pieces of an earlier run, not yet checked
@@ -66,12 +74,11 @@ class PartFile:
             self._drop_second_name()
             descriptor = hold(self._path)
         if descriptor is None:
-            at_it = self._read_journal().get("pid", "another one")
-            raise BusyError(
-                f"cannot write {quoted(str(self.target), 120)}: process {at_it} is writing it; wait for it to end"
-            )
+            raise BusyError(f"cannot write {quoted(str(self.target), 120)}", self._read_journal().get("pid", 0))
         self._descriptor = descriptor
         try:
+            self._read_earlier()
+            self._held()
             with explained(self.target):
                 self._begin(n_bytes)
             self.write(head)
@@ -181,10 +188,12 @@ class PartFile:
                 "is free; make room or give another folder"
             )
 
-    def _begin(self, n_bytes: int) -> None:
+    def _read_earlier(self) -> None:
         journal = self._read_journal()
         if self._job and journal.get("job") == self._job:
             self._earlier.extend(journal["pieces"])
+
+    def _begin(self, n_bytes: int) -> None:
         size = os.fstat(self._descriptor).st_size
         os.ftruncate(self._descriptor, min(size, n_bytes) if self._earlier else 0)
         os.lseek(self._descriptor, 0, os.SEEK_SET)

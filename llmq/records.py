@@ -6,11 +6,11 @@ like anything from outside: one that is not what was written is as none.
 """
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
 import stat
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,8 +83,8 @@ def check_record(path: Path) -> None:
                 f"cannot remember {quoted(path.name)}: others may write to {quoted(str(target.parent), 120)}; "
                 "`chmod 700` it"
             )
-        if not os.access(target.parent, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(target.parent))
+        # Whether a file can be made there, only making one tells.
+        tempfile.TemporaryFile(dir=target.parent).close()
 
 
 def drop_record(path: Path) -> None:

@@ -6,7 +6,7 @@ A checker follows behind those who fetch, in order, with the sha256 of what is o
 import hashlib
 import time
 import zlib
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from llmq.errors import FileFormatError, quoted
 from llmq.fetcher import CHUNK, LIMITS, Fetcher, Limits, Remote
 from llmq.files import sha256_of
 from llmq.ledger import Ledger
+from llmq.part import nothing_to_check
 
 TICK_SECONDS = 0.1
 WAIT_SECONDS = 0.5
@@ -34,11 +35,14 @@ class Progress:
     sha256: str = ""
 
 
-def fetch(remote: Remote, target: Path, limits: Limits = LIMITS) -> Generator[Progress]:
+def fetch(
+    remote: Remote, target: Path, limits: Limits = LIMITS, held: Callable[[], None] = nothing_to_check
+) -> Generator[Progress]:
     """Fetches a file to `target`, which is untouched until all of it is there and right; yields several times a second.
 
     Closed early, or killed, it leaves what it has to the next call for the same content. Where another process fetches
-    the same, it waits for that to end, and takes over if it dies.
+    the same, it waits for that to end, and takes over if it dies. `held` is called when nobody else fetches, before
+    anything is; what it raises is passed on.
 
     Raises NetworkError (nothing arrives, access, not found), FileFormatError (the sha256 differs twice), UsageError and
     ResourceError (the target).
@@ -50,8 +54,13 @@ def fetch(remote: Remote, target: Path, limits: Limits = LIMITS) -> Generator[Pr
     # Whoever held it is done, or was killed after the file got its name.
     try:
         done = not found and is_there(remote, target)
+        if not done:
+            held()
     except BaseException:
-        ledger.discard()
+        if found:
+            ledger.close()
+        else:
+            ledger.discard()
         raise
     if done:
         ledger.discard()

@@ -18,7 +18,7 @@ from llmq.errors import FileFormatError, UnsupportedError, UsageError
 from llmq.formats import Format
 from llmq.gguf import GGUFWriter, TensorSpec, quoted
 from llmq.jit import source_stamp
-from llmq.part import Note
+from llmq.part import Note, nothing_to_check
 from quant.encode import FAST, ROUNDS, encode_guided, squared_error
 from quant.guide import Guide, Guides, no_guide
 from quant.limits import check_range
@@ -76,6 +76,8 @@ def quantize(
     remarks: Sequence[str] = (),
     fast: bool = False,
     mix: Mapping[str, Format] | None = None,
+    follow: bool = True,
+    held: Callable[[], None] = nothing_to_check,
 ) -> Iterator[TensorReport]:
     """Write `src`, a checkpoint folder, a GGUF file or what was opened, as the GGUF file `out`; yields a report after
     each tensor.
@@ -87,10 +89,11 @@ def quantize(
     preset does. `guides` tell what is known of the tensors' inputs, and `guided_by` names that knowledge, by a sha256
     of what it comes from: another name starts an interrupted run over. `fast` leaves out the joint fit of scales. `mix`
     gives the formats of matrices in place of preset and overrides. `remarks` are for the receipt that the file carries
-    (quant.receipt): words about guides and mix.
+    (quant.receipt): words about guides and mix. `follow` and `held` are as for GGUFWriter.
 
-    Raises UsageError (unknown preset; an override that fits no tensor; `out` is a source, a folder, no regular file, or
-    being written), ResourceError (disk space, memory), FileFormatError and UnsupportedError (the source).
+    Raises UsageError (unknown preset; an override that fits no tensor; `out` is a source, a folder, no regular file),
+    BusyError (`out` is being written), ResourceError (disk space, memory), FileFormatError and UnsupportedError (the
+    source).
     """
     if preset not in PRESETS:
         raise UsageError(f"there is no type {quoted(preset)}; choose from {', '.join(PRESETS)}")
@@ -111,7 +114,8 @@ def quantize(
     if course := source.course:
         pieces.sort(key=lambda piece: course.place(piece.spec.name, piece.expert))
     ending = contextlib.closing(source.course) if source.course else contextlib.nullcontext()
-    with ThreadPoolExecutor(n_threads) as pool, GGUFWriter(out, metadata, specs, job) as writer, ending:
+    writing = GGUFWriter(out, metadata, specs, job, follow=follow, held=held)
+    with ThreadPoolExecutor(n_threads) as pool, ending, writing as writer:
         run = functools.partial(in_order, pool, _encode, ahead=2 * n_threads)
         notes = yield from _write(pieces, writer, run, guides, FAST if fast else ROUNDS, source)
         for key, value in measured(specs, [notes[spec.name] for spec in specs]).items():

@@ -43,11 +43,13 @@ class Weights:
 
 
 class DamagedStreamError(NetworkError):
-    """A file of a stream is not what was announced: `shard` is its number."""
+    """A file of a stream is not what was announced: its name, and its number `shard`."""
 
-    def __init__(self, sentence: str, shard: int) -> None:
-        super().__init__(sentence)
-        self.shard = shard
+    def __init__(self, file: str, shard: int) -> None:
+        super().__init__(
+            f"{file} arrived damaged: its sha256 is not what was announced; the same command goes on before that file"
+        )
+        self.file, self.shard = file, shard
 
 
 class Course(Protocol):

@@ -27,6 +27,8 @@ from llmq.fetcher import CHUNK
 from llmq.formats import Q4_K, Q8_0
 from llmq.records import drop_record, read_record
 from llmq.store import BUNDLED_PATH
+from quant import remote
+from quant.source import Source
 
 PROGRAM = [sys.executable, str(ROOT / "tests" / "pull_fake.py")]
 REPO, SOURCE = "org/Tiny-7B-GGUF", "org/Tiny-7B"
@@ -202,6 +204,25 @@ def test_a_folder_of_this_machine_is_quantized(store, hub, tmp_path, capsys) -> 
     assert hub.seen == []
 
 
+def test_what_is_of_this_machine_replaces_only_by_force(store, hub, tmp_path, capsys) -> None:
+    write_checkpoint(tmp_path / "weights")
+    tiny_gguf(tmp_path / "file.gguf", n_layers=1, format=Q4_K)
+    store.mkdir()
+    for what in (tmp_path / "weights", tmp_path / "file.gguf"):
+        (store / "mine.gguf").write_bytes(b"the only copy of something")
+        assert "there is another model named mine" in refused(capsys, what, "--name", "mine")
+        assert (store / "mine.gguf").read_bytes() == b"the only copy of something"
+        pulled(capsys, store / "mine.gguf", what, "--name", "mine", "--force")
+    assert hub.seen == []
+
+
+def test_advice_is_of_the_types_that_there_are(store, hub, contents, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("quant.fit.disk_free", lambda *_: 10**5)
+    hub.add("org/one", "one-Q8_0.gguf", contents["Q8_0"])
+    assert refused(capsys, "org/one:q8_0", code=3).endswith("free some disk space")
+    assert not list(store.glob("*.part*"))
+
+
 # ---- which type
 def test_without_a_type_the_nearest_to_the_usual_one_comes(store, hub, contents, capsys) -> None:
     for kind in ("F32", "Q8_0", "Q6_K"):
@@ -218,12 +239,9 @@ def test_any_type_that_a_repository_has_can_be_asked_for(store, hub, contents, c
         pulled(capsys, store / f"{name}.gguf", f"org/odd:{asked}")
 
 
-@pytest.mark.parametrize("kind", ["q9", "model", "Q4_K_M.gguf", "../q4_k_m", "", " ", "x" * 5000, "\x1b[2J"])
+@pytest.mark.parametrize("kind", ["q9", "model", "Q4_K_M.gguf", "../q4_k_m", " ", "x" * 5000, "\x1b[2J"])
 def test_a_type_that_is_none_is_refused_before_anybody_is_asked(hub, capsys, kind: str) -> None:
-    if kind:
-        assert "no type" in refused(capsys, "tiny", "--type", kind)
-    else:
-        refused(capsys, "tiny:")
+    assert "no type" in refused(capsys, "tiny", "--type", kind)
     assert hub.seen == []
 
 
@@ -240,10 +258,15 @@ def test_a_type_that_is_none_is_refused_before_anybody_is_asked(hub, capsys, kin
         (["tiny", "--name", "storyteller"], "part of llmq"),
         (["tiny", "--name", "../tiny"], "not a model name"),
         (["tiny", "--ctx", "0"], "--ctx"),
+        (["./somewhere", "--ctx", "5"], "--ctx goes with what is fetched"),
+        (["tiny", "--name", ""], "what --name gives is empty"),
+        (["tiny", "--type", ""], "what --type gives is empty"),
+        (["tiny", "--name", "con"], "no name for a file everywhere"),
         (["tiny:q8_0", "--type", "q4_k_m"], "the name asks for q8_0 and --type for 'q4_k_m'; give one"),
         ([f"{REPO}:q8_0", "--type", "q4_k_m"], "give one"),
         (["tiny:q8_0", "--type", "q4_k_m", "--from-source"], "give one"),
         (["tinny"], "did you mean tiny"),
+        (["tiny:"], "is no type"),
         ([], "MODEL"),
     ],
 )
@@ -722,7 +745,7 @@ def test_two_that_make_one_model_make_it_once(store, hub, tmp_path) -> None:
     with program("pull", *FROM_SOURCE) as first:
         read_until(first, "blk.0.")
         with program("pull", *FROM_SOURCE) as second:
-            assert f"process {first.pid} is writing it; waiting" in read_until(second, "waiting for it")
+            assert f"process {first.pid} makes this already; waiting" in read_until(second, "waiting for it")
             hub.bytes_per_second = 0
             for each in (first, second):
                 out, err = each.communicate()
@@ -745,7 +768,101 @@ def test_one_that_waits_takes_over(store, hub) -> None:
             hub.bytes_per_second = 0
             _, err = second.communicate()
             assert second.returncode == 0, err
+    assert "done before" in err
     assert [path.name for path in store.iterdir()] == ["tiny-7b-q8_0.gguf"]
     record = read_record(store / "tiny-7b-q8_0.gguf")
     assert record
     assert record.sha256 == hashlib.sha256((store / "tiny-7b-q8_0.gguf").read_bytes()).hexdigest()
+
+
+@pytest.mark.usefixtures("source")
+def test_what_is_made_while_one_looks_is_not_made_again(store, hub, capsys, monkeypatch) -> None:
+    """Another process has it ready between the look at the store and the lock."""
+    path = store / "tiny-7b-q8_0.gguf"
+    pulled(capsys, path, *FROM_SOURCE)
+    whole = path.read_bytes()
+    path.unlink()
+    drop_record(path)
+    real = remote.open_remote
+
+    def slow(*given: Any) -> Source:
+        path.write_bytes(whole)
+        return real(*given)
+
+    monkeypatch.setattr(remote, "open_remote", slow)
+    hub.reset()
+    pulled(capsys, path, *FROM_SOURCE)
+    assert sum(seen.stop - seen.start for seen in hub.answers() if "safetensors" in seen.path) <= CHUNK  # its header
+    assert read_record(path)
+
+
+@pytest.mark.usefixtures("source")
+def test_a_new_date_makes_nothing_new(store, hub, capsys) -> None:
+    path = store / "tiny-7b-q8_0.gguf"
+    pulled(capsys, path, *FROM_SOURCE)
+    os.utime(path, (5, 5))
+    hub.reset()
+    assert "is there already" in pulled(capsys, path, *FROM_SOURCE)
+    assert hub.answers() == []
+
+
+@pytest.mark.usefixtures("source")
+@pytest.mark.parametrize("arguments", [("tiny",), FROM_SOURCE])
+def test_a_flipped_bit_that_only_verify_finds_is_mended_by_force(store, capsys, arguments: tuple[str, ...]) -> None:
+    path = store / f"tiny-7b-{'q8_0' if len(arguments) > 1 else 'q4_k_m'}.gguf"
+    pulled(capsys, path, *arguments)
+    whole, status = path.read_bytes(), path.stat()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert "llmq pull --force" in llmq(capsys, "verify", path.stem)[2]
+    assert "is there already" in pulled(capsys, path, *arguments)
+    pulled(capsys, path, *arguments, "--force")
+    assert path.read_bytes() == whole
+    assert "is there already" in pulled(capsys, path, *arguments, "--force")
+
+
+@pytest.mark.usefixtures("source")
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_where_a_model_is_made_is_not_followed(store, tmp_path, capsys, there: bool) -> None:
+    store.mkdir()
+    outside, path = tmp_path / "outside", store / "tiny-7b-q8_0.gguf"
+    if there:
+        outside.write_bytes(b"the only copy of something")
+    path.symlink_to(outside)
+    assert "there is another model named" in refused(capsys, *FROM_SOURCE)
+    pulled(capsys, path, *FROM_SOURCE, "--force")
+    assert outside.exists() == there
+    assert not there or outside.read_bytes() == b"the only copy of something"
+    assert not path.is_symlink()
+
+
+@pytest.mark.usefixtures("source")
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (("org/one",), ("org/two",)),
+        (FROM_SOURCE, ("tiny", "--from-source", "--type", "q6_k")),
+    ],
+)
+def test_two_models_of_one_name_do_not_replace_each_other(
+    store, hub, contents, one: tuple[str, ...], other: tuple[str, ...]
+) -> None:
+    hub.add("org/one", "one-Q4_K_M.gguf", large(contents["Q4_K_M"], 8))
+    hub.add("org/two", "two-Q4_K_M.gguf", large(contents["Q8_0"], 8))
+    hub.bytes_per_second = 1 << 19
+    with program("pull", *one, "--name", "x") as first:
+        read_until(first, "blk.0." if len(one) > 1 else "x: 0 B of ")
+        with program("pull", *other, "--name", "x") as second:
+            read_until(second, "waiting for it")
+            hub.bytes_per_second = 0
+            assert first.communicate()[0] == f"{store / 'x.gguf'}\n"
+            content = (store / "x.gguf").read_bytes()
+            _, err = second.communicate()
+            assert (second.returncode, err.splitlines()[-1][:37]) == (2, "llmq: there is another model named x;")
+    assert (store / "x.gguf").read_bytes() == content
+    assert [path.name for path in store.iterdir()] == ["x.gguf"]
+
+
+def test_what_has_no_weights_is_not_made_of_them(store, capsys) -> None:
+    assert "has no safetensors to quantize" in refused(capsys, REPO, "--from-source")
+    assert not store.exists()
