@@ -22,7 +22,7 @@ from quant.quantize import quantize
 from quant.recipe import PRESETS
 
 TOLERANCE = 0.002
-TRIES = 5
+TRIES = 20
 
 
 def tell(line: str) -> None:
