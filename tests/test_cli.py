@@ -243,7 +243,7 @@ def test_help_and_the_store_load_nothing_heavy(tmp_path) -> None:
         (["list", "--json"], "['numpy']"),
         (["show"], "['numpy']"),
         (["verify", "--all"], "['numpy']"),
-        (["import", str(ROOT / "llmq" / "storyteller.gguf"), "--name", "story"], "['numpy']"),
+        (["import", str(ROOT / "llmq" / "storyteller.gguf"), "--name", "story"], "['numpy', 'sentencepiece']"),
         (["rm", "story"], "[]"),
     ):
         done = subprocess.run(

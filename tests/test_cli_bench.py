@@ -133,7 +133,7 @@ def test_rules_on_a_terminal_and_no_markup(model, tmp_path, capsys, monkeypatch)
     [
         (["nobody"], "no model is named 'nobody'"),
         (["no.gguf"], "no file"),
-        (["--predict", "7B:Q9"], "no type 'q9'"),
+        (["--predict", "7B:Q9"], "no type 'Q9'"),
         (["--predict", "seven"], "cannot predict 'seven'"),
         (["--predict", "7B/13B"], "no more than there are"),
         (["--predict", "0B"], "give 1M to 10000B weights"),
