@@ -1,6 +1,8 @@
 """llmq quantize: a checkpoint or a GGUF file in, a smaller GGUF file out."""
 
 import contextlib
+import functools
+import os
 import re
 import sys
 from pathlib import Path
@@ -103,9 +105,9 @@ def quantize(
     knowledge = open_guides(source, words if calibrate else None, imatrix)
     mix, remarks = None, list(knowledge.remarks)
     if words and budget:
-        # Its own, since guides of a run are given once, layer by layer.
-        known = open_guides(source, words if calibrate else None, imatrix)
-        chosen = choose_mix(source, budget, words, known, overrides, fast=fast)
+        # Guides of its own, since those of a run are given once, layer by layer; they go when it has chosen.
+        guides = functools.partial(open_guides, source, words if calibrate else None, imatrix)
+        chosen = choose_mix(source, budget, words, guides(), overrides, fast=fast)
         mix, preset = chosen.mix, chosen.preset
         remarks.append(chosen.remark)
     quantized = quantize_tensors(
@@ -118,7 +120,7 @@ def quantize(
         fast=fast,
         mix=mix,
         remarks=remarks,
-        follow=out.parent != models_dir(),
+        follow=os.path.realpath(out.parent) != os.path.realpath(models_dir()),
     )
     done = follow(quantized, f"{one_line(source.name, 40)} to {label}")
     drop_record(out)  # of a file that was there before

@@ -24,7 +24,7 @@ from llmq.layout import BATCH
 from llmq.tokenizer import Tokenizer, load_tokenizer
 from quant.calibration import DEFAULT_TEXT, Calibration, Inputs
 from quant.limits import check_finite
-from quant.memory import BASE_BYTES, TEXT_BYTES, check_room
+from quant.memory import BASE_BYTES, TEXT_BYTES, check_room, give_back
 from quant.model import SourceModel, open_model
 
 # Every token has a hidden state in memory all the time: 2 GiB of them where a model is 4096 wide.
@@ -82,6 +82,7 @@ def _layers(
     model: SourceModel, chunks: list[list[int]], n_threads: int, block: int, tell: Callable[[int, int], None] | None
 ) -> Iterator[LayerStatistics]:
     config, gguf = model.config, model.gguf
+    give_back()
     hidden = [np.empty((len(chunk), config.dim), np.float32) for chunk in chunks]
     with closing(Engine(gguf, config, n_threads)) as engine:
         ring = engine.ring(len(chunks[0]))
@@ -96,6 +97,7 @@ def _layers(
                 check_finite(gguf, "token_embd.", f"blk.{i}.")
                 raise _overflow(f"layer {i}", gguf)
             model.release()
+            give_back()
             found = _statistics(i, config, chunks, sums)
             yield found
             del found

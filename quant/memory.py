@@ -1,5 +1,8 @@
 """Memory: what a job will take is known before it begins, and compared with what is free."""
 
+import ctypes
+import sys
+
 import psutil
 
 from llmq.errors import ResourceError
@@ -13,6 +16,15 @@ TEXT_BYTES = 600
 def free_memory() -> int:
     """Bytes that this process may have, those it has already among them."""
     return memory_free() + psutil.Process().memory_info().rss
+
+
+def give_back() -> None:
+    """What was freed goes back to the system. glibc keeps blocks of up to 32 MB, as arrays of a layer are, and of a
+    heap with something left at its end all of it.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim:
+        trim(0)
 
 
 def check_room(what: str, needed: int, otherwise: str = "") -> None:

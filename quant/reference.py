@@ -58,7 +58,12 @@ def predicted_memory(model: SourceModel, pieces: Sequence[Sequence[int]]) -> int
 
 
 def output_log_probs(gguf: GGUF, config: ModelConfig, hidden: np.ndarray) -> np.ndarray:
-    """float64 [n, vocab_size] of hidden states after the last layer, float32 [n, dim].
+    """float64 [n, vocab_size] of hidden states after the last layer, float32 [n, dim]. Raises as output_logits() does."""
+    return log_softmax(output_logits(gguf, config, hidden))
+
+
+def output_logits(gguf: GGUF, config: ModelConfig, hidden: np.ndarray) -> np.ndarray:
+    """float32 [n, vocab_size] of hidden states after the last layer, float32 [n, dim].
 
     Raises FileFormatError where they are no numbers.
     """
@@ -66,7 +71,7 @@ def output_log_probs(gguf: GGUF, config: ModelConfig, hidden: np.ndarray) -> np.
     if not np.isfinite(logits).all():
         check_finite(gguf, "output")
         raise FileFormatError(NOT_NUMBERS)
-    return log_softmax(logits)
+    return logits
 
 
 def output_name(config: ModelConfig) -> str:

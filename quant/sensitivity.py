@@ -25,19 +25,21 @@ from llmq.sampler import NOT_NUMBERS
 from llmq.tokenizer import load_tokenizer
 from quant.calibrate import chunks_of
 from quant.encode import FAST, encode
-from quant.evaluate import LEAST_TOKENS, divergence, targets
+from quant.evaluate import LEAST_TOKENS, divergence, log_softmax, targets
 from quant.limits import STRIP, check_finite, check_range
-from quant.memory import BASE_BYTES, TEXT_BYTES, check_room
+from quant.memory import BASE_BYTES, TEXT_BYTES, check_room, give_back
 from quant.model import SourceModel, open_model
 from quant.recipe import takes_type
-from quant.reference import OUTPUT_ROWS, output_log_probs, output_name
+from quant.reference import OUTPUT_ROWS, output_logits, output_name
 
 PROBED_LAYERS = 12
 # A model of more weights is probed on part of a chunk, smaller ones on one to eight chunks.
 LARGE, FEW_TOKENS = 1 << 30, 256
 MOST_CHUNKS = 8
-# Of a weight in a strip, and of a token's probability: floats, their encoding, and what is between.
-STRIP_BYTES, PROBABILITY_BYTES = 24, 40
+# Of a weight in a strip: floats, their encoding, and what is between. Of a token's logit: of two models, and blocks.
+STRIP_BYTES, LOGIT_BYTES = 24, 16
+# Positions whose probabilities are compared together.
+KL_ROWS = 16
 FLOATS = (F32, F16, BF16)
 
 Tell = Callable[[int, int], None]
@@ -111,6 +113,7 @@ def sensitivities(src: Path, text: str, *, threads: int | None = None, tell: Tel
                 check_finite(gguf, "token_embd.", f"blk.{i}.")
                 raise FileFormatError(NOT_NUMBERS)
             model.release()
+            give_back()
     tell(config.n_layers + 1, config.n_layers + 1)
     for probe in probes:
         probe.hidden[:] = [x[_counted(chunk)].copy() for x, chunk in zip(probe.hidden, chunks, strict=True)]
@@ -148,7 +151,7 @@ def predicted_memory(model: SourceModel, chunks: Sequence[list[int]]) -> int:
         + 4 * n_probes * sum(map(len, chunks)) * config.dim
         + max(row_bytes(_altered_format(model.gguf, name), math.prod(info.shape)) for name, info in tensors.items())
         + STRIP_BYTES * STRIP
-        + max(layer, output + PROBABILITY_BYTES * len(targets(chunks[0])) * config.vocab_size)
+        + max(layer, output + LOGIT_BYTES * len(targets(chunks[0])) * config.vocab_size)
     )
 
 
@@ -214,12 +217,19 @@ def _divergences(model: SourceModel, probes: list[_Probe], chunks: Sequence[list
     model.release()
     totals = {probe.name: 0.0 for probe in probes[1:]}
     for place, chunk in enumerate(chunks):
-        reference = output_log_probs(model.gguf, model.config, probes[0].hidden[place])
+        reference = output_logits(model.gguf, model.config, probes[0].hidden[place])
         for probe in probes[1:]:
             gguf = altered if probe.name == name else model.gguf
-            logp = output_log_probs(gguf, model.config, probe.hidden[place])
-            totals[probe.name] += float(divergence(reference, logp, targets(chunk))["kl"].mean())
+            logits = output_logits(gguf, model.config, probe.hidden[place])
+            totals[probe.name] += _mean_kl(reference, logits, targets(chunk))
     return {probed: max(total, 0.0) / len(chunks) for probed, total in totals.items()}
+
+
+def _mean_kl(reference: np.ndarray, logits: np.ndarray, ids: np.ndarray) -> float:
+    """KL divergence in nats, a few positions at a time: in float64 those of a chunk would be the peak of the memory."""
+    strips = [slice(at, at + KL_ROWS) for at in range(0, len(ids), KL_ROWS)]
+    pairs = ((log_softmax(reference[strip]), log_softmax(logits[strip]), ids[strip]) for strip in strips)
+    return float(np.concatenate([divergence(*pair)["kl"] for pair in pairs]).mean())
 
 
 def _interpolated(found: dict[str, float], matrices: Sequence[str], probed: Sequence[int]) -> dict[str, float]:
