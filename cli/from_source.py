@@ -46,7 +46,7 @@ def is_made(making: Making, *, reread: bool = False) -> bool:
     from quant.receipt import is_made_of, settings
 
     path, record = making.path, read_record(making.path)
-    if not path.is_file() or path.is_symlink():
+    if not path.is_file():
         return False
     if record and record.origin == making.origin:
         if reread or not record.fits(path):
@@ -116,7 +116,7 @@ def follow_stream(making: Making, check_held: Callable[[], None]) -> bool:
             return True
         except BusyError as error:
             who = f"process {error.holder}" if error.holder else "another process"
-            note(f"{who} makes this already; waiting for it")
+            note(f"{who} is writing a model of this name; waiting for it")
             return False
         except DamagedStreamError as error:
             if is_again:
@@ -126,11 +126,15 @@ def follow_stream(making: Making, check_held: Callable[[], None]) -> bool:
 
 
 def remember(making: Making) -> None:
-    """Writes the record of what is made, unless there is one."""
+    """Writes the record of what is made, unless there is one that says where the file came from."""
     from llmq.records import current_record, write_record
 
-    if not current_record(making.path):
-        write_record(making.path, content_of(making.path), making.origin)
+    record, before = current_record(making.path), identity(making.path)
+    if record and record.origin:
+        return
+    sha256 = content_of(making.path)
+    if identity(making.path) == before:  # else it is another process's, and so is its record
+        write_record(making.path, sha256, making.origin)
 
 
 def content_of(path: Path) -> str:

@@ -5,6 +5,7 @@ import functools
 import os
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,7 +16,7 @@ from cli import options
 from cli.progress import show_transfer
 from cli.published import DEFAULT_TYPE, find_offer
 from cli.screen import note, one_line, size
-from llmq.errors import UnsupportedError, UsageError
+from llmq.errors import BusyError, UnsupportedError, UsageError
 from llmq.store import make_private, new_model_path
 
 if TYPE_CHECKING:
@@ -104,9 +105,10 @@ def pull(
     if is_there(target, offer, reread=force):
         note(f"{target.name} is there already, the same as {one_line(offer.origin, 120)}")
     else:
-        check_replaced(target, offer.origin, force=force)
-        if not take_from_elsewhere(target, offer):
-            download(target, offer, context, force=force)
+        check = functools.partial(check_replaced, target, offer.origin, force=force)
+        check()
+        if not take_from_elsewhere(target, offer, check):
+            download(target, offer, context, check, force=force)
     finish(target)
 
 
@@ -182,6 +184,7 @@ def check_replaced(target: Target, origin: str, *, force: bool) -> None:
     record = None if target.path.is_symlink() else read_record(target.path)
     if not (
         record
+        and origin
         and of_any_version(record.origin) == of_any_version(origin)
         and record.n_bytes == target.path.stat().st_size
     ):
@@ -206,7 +209,9 @@ def is_there(target: Target, offer: "Offer", *, reread: bool) -> bool:
         return False
     record = current_record(target.path)
     if not remote.sha256:
-        return record is not None and record.origin == offer.origin
+        if not record or record.origin != offer.origin:
+            return False
+        return not reread or content_of(target.path) == record.sha256
     if record and not reread:
         return record.sha256 == remote.sha256
     if content_of(target.path) != remote.sha256:
@@ -215,8 +220,8 @@ def is_there(target: Target, offer: "Offer", *, reread: bool) -> bool:
     return True
 
 
-def take_from_elsewhere(target: Target, offer: "Offer") -> bool:
-    """Links or copies the file where another program has it."""
+def take_from_elsewhere(target: Target, offer: "Offer", check: Callable[[], None]) -> bool:
+    """Links or copies the file where another program has it; `check` tells whether one of the name may be replaced."""
     from cli.progress import show_bytes
     from llmq.elsewhere import find_by_sha256, link_or_copy
     from llmq.gguf import open_gguf
@@ -232,8 +237,12 @@ def take_from_elsewhere(target: Target, offer: "Offer") -> bool:
         return False
     with open_gguf(source) as gguf:
         check_supported(gguf)
+    check()  # looking may have taken long
+    try:
+        how = link_or_copy(source, target.path, remote.sha256, replace=os.path.lexists(target.path))
+    except BusyError:  # which the transfer waits for
+        return False
     drop_record(target.path)
-    how = link_or_copy(source, target.path, remote.sha256, replace=True)
     write_record(target.path, remote.sha256, offer.origin)
     note(f"{how} from {one_line(str(source), 200)}; nothing had to be fetched")
     return True
@@ -259,8 +268,8 @@ def take_local(path: Path, name: str | None, kind: str | None, *, force: bool) -
 
 
 # ---- fetching
-def download(target: Target, offer: "Offer", context: int | None, *, force: bool) -> None:
-    """Fetches what is judged to work here, and compiles for it meanwhile."""
+def download(target: Target, offer: "Offer", context: int | None, check: Callable[[], None], *, force: bool) -> None:
+    """Fetches what is judged to work here, and compiles for it meanwhile; `check` as for take_from_elsewhere()."""
     from cli.fit import check_fit, judge_download
     from llmq.files import allocated_bytes
     from llmq.gguf import GGUF
@@ -277,7 +286,6 @@ def download(target: Target, offer: "Offer", context: int | None, *, force: bool
     already = allocated_bytes(part_paths(target.path)[0])
     verdict = judge_download(sized(offer, config, tensors), context, target.path.parent, already, offer.types)
     check_fit(verdict, force)
-    check = functools.partial(check_replaced, target, offer.origin, force=force)
     with warm(tensors):
         done = show_transfer(fetch(offer.remote, target.path, held=check), target.name)
     drop_record(target.path)

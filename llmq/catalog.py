@@ -24,7 +24,6 @@ Q4_K_M_BYTES = 4.85 / 8
 # The hub's rule for names of repositories. Neither part may begin with a dot, so no path leads out of a folder.
 _PART = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
 REPOSITORY = re.compile(rf"(?!.*(?:--|\.\.)){_PART}/{_PART}")
-# What Windows takes for a device, with any ending.
 
 SHAPE = ("n_layers", "dim", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "vocab_size")
 # The largest that the runtime takes, as in llmq.config; other numbers go up to 2^24.

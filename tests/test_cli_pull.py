@@ -216,6 +216,29 @@ def test_what_is_of_this_machine_replaces_only_by_force(store, hub, tmp_path, ca
     assert hub.seen == []
 
 
+def test_what_verify_remembered_is_replaced_only_by_force(store, hub, tmp_path, capsys) -> None:
+    """It knows of no place that the file came from."""
+    store.mkdir()
+    tiny_gguf(store / "mine.gguf", n_layers=1, format=Q4_K)
+    assert llmq(capsys, "verify", "mine")[0] == 0
+    before = (store / "mine.gguf").read_bytes()
+    write_checkpoint(tmp_path / "weights")
+    assert "there is another model named mine" in refused(capsys, tmp_path / "weights", "--name", "mine")
+    assert (store / "mine.gguf").read_bytes() == before
+    assert hub.seen == []
+
+
+def test_a_damaged_file_that_nobody_vouches_for_is_mended_by_force(store, hub, contents, capsys) -> None:
+    url, path = hub.add("org/plain", "plain-Q8_0.gguf", contents["Q8_0"]), store / "plain-Q8_0.gguf"
+    pulled(capsys, path, url)
+    status = path.stat()
+    path.write_bytes(contents["Q8_0"][:-1] + bytes([contents["Q8_0"][-1] ^ 1]))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert "is there already" in pulled(capsys, path, url)
+    pulled(capsys, path, url, "--force")
+    assert path.read_bytes() == contents["Q8_0"]
+
+
 def test_advice_is_of_the_types_that_there_are(store, hub, contents, capsys, monkeypatch) -> None:
     monkeypatch.setattr("quant.fit.disk_free", lambda *_: 10**5)
     hub.add("org/one", "one-Q8_0.gguf", contents["Q8_0"])
@@ -365,6 +388,25 @@ def other_architecture(content: bytes) -> bytes:
 def other_vocabulary(content: bytes) -> bytes:
     before, key, after = content.partition(b"tokenizer.ggml.model")
     return before + key + after.replace(b"llama", b"gpt-2", 1)
+
+
+def test_what_came_while_another_program_was_looked_at_stays(
+    store, hub, tmp_path, contents, capsys, monkeypatch
+) -> None:
+    data = contents["Q4_K_M"]
+    hub.add("org/other", "other-Q4_K_M.gguf", data)
+    blob = tmp_path / "o" / "blobs" / f"sha256-{hashlib.sha256(data).hexdigest()}"
+    blob.parent.mkdir(parents=True)
+    blob.write_bytes(data)
+    real = elsewhere.find_by_sha256
+
+    def slow(*given: Any) -> Path | None:
+        (store / "other-Q4_K_M.gguf").write_bytes(b"the only copy of something")
+        return real(*given)
+
+    monkeypatch.setattr(elsewhere, "find_by_sha256", slow)
+    assert "there is another model named" in refused(capsys, "org/other")
+    assert (store / "other-Q4_K_M.gguf").read_bytes() == b"the only copy of something"
 
 
 @pytest.mark.parametrize("change", [other_architecture, other_vocabulary])
@@ -741,11 +783,13 @@ def test_what_was_made_and_then_damaged_is_made_again(store, capsys) -> None:
 
 @pytest.mark.usefixtures("source")
 def test_two_that_make_one_model_make_it_once(store, hub, tmp_path) -> None:
-    hub.bytes_per_second = 1 << 18
+    hub.bytes_per_second = 1 << 16
     with program("pull", *FROM_SOURCE) as first:
         read_until(first, "blk.0.")
         with program("pull", *FROM_SOURCE) as second:
-            assert f"process {first.pid} makes this already; waiting" in read_until(second, "waiting for it")
+            assert f"process {first.pid} is writing a model of this name; waiting" in read_until(
+                second, "waiting for it"
+            )
             hub.bytes_per_second = 0
             for each in (first, second):
                 out, err = each.communicate()
@@ -759,7 +803,7 @@ def test_two_that_make_one_model_make_it_once(store, hub, tmp_path) -> None:
 
 @pytest.mark.usefixtures("source")
 def test_one_that_waits_takes_over(store, hub) -> None:
-    hub.bytes_per_second = 1 << 18
+    hub.bytes_per_second = 1 << 16
     with program("pull", *FROM_SOURCE) as first:
         read_until(first, "blk.0.")
         with program("pull", *FROM_SOURCE) as second:
@@ -849,7 +893,7 @@ def test_two_models_of_one_name_do_not_replace_each_other(
 ) -> None:
     hub.add("org/one", "one-Q4_K_M.gguf", large(contents["Q4_K_M"], 8))
     hub.add("org/two", "two-Q4_K_M.gguf", large(contents["Q8_0"], 8))
-    hub.bytes_per_second = 1 << 19
+    hub.bytes_per_second = 1 << 16
     with program("pull", *one, "--name", "x") as first:
         read_until(first, "blk.0." if len(one) > 1 else "x: 0 B of ")
         with program("pull", *other, "--name", "x") as second:
