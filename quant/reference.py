@@ -58,7 +58,7 @@ def predicted_memory(model: SourceModel, pieces: Sequence[Sequence[int]]) -> int
 
 
 def output_log_probs(gguf: GGUF, config: ModelConfig, hidden: np.ndarray) -> np.ndarray:
-    """float64 [n, vocab_size] of hidden states after the last layer, float32 [n, dim]. Raises as output_logits() does."""
+    """float64 [n, vocab_size] of hidden states after the last layer, float32 [n, dim]; raises as output_logits()."""
     return log_softmax(output_logits(gguf, config, hidden))
 
 
