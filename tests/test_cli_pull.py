@@ -783,7 +783,7 @@ def test_what_was_made_and_then_damaged_is_made_again(store, capsys) -> None:
 
 @pytest.mark.usefixtures("source")
 def test_two_that_make_one_model_make_it_once(store, hub, tmp_path) -> None:
-    hub.bytes_per_second = 1 << 16
+    hub.bytes_per_second = 1 << 17
     with program("pull", *FROM_SOURCE) as first:
         read_until(first, "blk.0.")
         with program("pull", *FROM_SOURCE) as second:
@@ -803,7 +803,7 @@ def test_two_that_make_one_model_make_it_once(store, hub, tmp_path) -> None:
 
 @pytest.mark.usefixtures("source")
 def test_one_that_waits_takes_over(store, hub) -> None:
-    hub.bytes_per_second = 1 << 16
+    hub.bytes_per_second = 1 << 17
     with program("pull", *FROM_SOURCE) as first:
         read_until(first, "blk.0.")
         with program("pull", *FROM_SOURCE) as second:
@@ -893,7 +893,7 @@ def test_two_models_of_one_name_do_not_replace_each_other(
 ) -> None:
     hub.add("org/one", "one-Q4_K_M.gguf", large(contents["Q4_K_M"], 8))
     hub.add("org/two", "two-Q4_K_M.gguf", large(contents["Q8_0"], 8))
-    hub.bytes_per_second = 1 << 16
+    hub.bytes_per_second = 1 << 17
     with program("pull", *one, "--name", "x") as first:
         read_until(first, "blk.0." if len(one) > 1 else "x: 0 B of ")
         with program("pull", *other, "--name", "x") as second:
