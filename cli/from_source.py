@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cli.fit import check_fit, judge_download
-from cli.progress import show_bytes
+from cli.progress import content_of
 from cli.published import config_at
 from cli.quantize import follow
 from cli.screen import note, one_line, show_compiling, size
@@ -135,14 +135,6 @@ def remember(making: Making) -> None:
     sha256 = content_of(making.path)
     if identity(making.path) == before:  # else it is another process's, and so is its record
         write_record(making.path, sha256, making.origin)
-
-
-def content_of(path: Path) -> str:
-    """The sha256 of a file of the store, which takes a while."""
-    from llmq.files import sha256_of
-
-    with show_bytes(f"reading {path.stem}", path.stat().st_size) as on_bytes:
-        return sha256_of(path, on_bytes)
 
 
 def identity(path: Path) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cli.screen import is_terminal, note, one_line, size, status
@@ -59,6 +60,14 @@ def show_bytes(title: str, n_bytes: int) -> Iterator[Callable[[int], None]]:
     with _byte_bar() as bar:
         task = bar.add_task("", total=n_bytes, title=one_line(title, 60))
         yield lambda n_read: bar.advance(task, n_read)
+
+
+def content_of(path: Path) -> str:
+    """The sha256 of a file of the store, which takes a while."""
+    from llmq.files import sha256_of
+
+    with show_bytes(f"reading {path.stem}", path.stat().st_size) as on_bytes:
+        return sha256_of(path, on_bytes)
 
 
 def _byte_bar() -> "Bar":

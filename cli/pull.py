@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cli import options
-from cli.progress import show_transfer
+from cli.progress import content_of, show_transfer
 from cli.published import DEFAULT_TYPE, find_offer
 from cli.screen import note, one_line, size
 from llmq.errors import BusyError, UnsupportedError, UsageError
@@ -76,7 +76,6 @@ def pull(
 ) -> None:
     """Fetch a published model; an interrupted pull is continued by the same command."""
     from llmq.reference import Local, Published, Url, parse_reference
-    from quant.size import kind_of
 
     wanted = parse_reference(options.utf8(model))
     for option, text in (("--name", name), ("--type", kind)):
@@ -97,8 +96,8 @@ def pull(
         raise UnsupportedError(f"llmq cannot run {wanted.entry.name} yet: {wanted.entry.unsupported}")
     check_one_type(wanted, kind)
     if from_source and not isinstance(wanted, Url):
-        typed = kind_of(kind or wanted.type or DEFAULT_TYPE)
-        finish(make_from_source(wanted, typed, name, context, fast=fast, force=force))
+        asked = kind or wanted.type or DEFAULT_TYPE
+        finish(make_from_source(wanted, asked, name, context, fast=fast, force=force))
         return
     offer, label = find_offer(wanted, checked_type(wanted, kind))
     target = target_of(name or label)
@@ -158,7 +157,9 @@ def make_from_source(
     from llmq.hub import snapshot
     from llmq.offer import has_weights, store_name
     from llmq.reference import Published
+    from quant.size import kind_of
 
+    kind = kind_of(kind)
     found = snapshot(wanted.entry.repo) if isinstance(wanted, Published) else snapshot(wanted.repo, wanted.revision)
     if not has_weights(found):
         raise UsageError(f"{found.repo} has no safetensors to quantize; leave --from-source away for its GGUF files")
@@ -201,7 +202,6 @@ def of_any_version(origin: str) -> str:
 def is_there(target: Target, offer: "Offer", *, reread: bool) -> bool:
     """Whether the store has this very file. One that was changed, or that nothing is known of, is read again, and any
     with `reread`."""
-    from cli.from_source import content_of
     from llmq.records import current_record, write_record
 
     remote = offer.remote
