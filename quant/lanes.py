@@ -27,7 +27,7 @@ from llmq.simd import (
     transpose_f32,
     where_less,
 )
-from llmq.simd.vector import call_intrinsic, const, op, shuffle
+from llmq.simd.vector import const, op, shuffle
 
 SMALLEST_HALF = 2.0**-24
 EXACT: dict[str, Any] = {"error_model": "numpy"}
@@ -52,9 +52,6 @@ def strict_kernel(*argtypes: Any, name: str = "") -> Callable[[Callable[..., Any
         return StrictKernel(function, types.void(*argtypes), name or function.__name__)
 
     return wrap
-
-
-root = op(lambda b, x: call_intrinsic(b, "llvm.sqrt.v16f32", ll(f32x16), x), f32x16, f32x16)
 
 
 def _across(step: int) -> Callable[..., Any]:

@@ -39,7 +39,6 @@ from quant.lanes import (
     largest_of_8,
     nearest_of_iq4,
     other_half,
-    root,
     smaller,
     splat,
     strict,
@@ -59,6 +58,8 @@ I64, F32 = types.int64, types.float32
 # Shares of the weights' squares. Where weights have few values, several scales fit exactly, and rounding must not
 # choose among them: sub-blocks with the same scale are what a block's integers hold best.
 EXACT_FIT, SAME_FIT = 2.0**-40, 2.0**-20
+# Above this, what was lost is weights that became 0 beside a larger one, which no scale brings back.
+MOST_GAIN = 1.03125
 
 
 @strict
@@ -76,21 +77,6 @@ def group_largest(x, n_sub):  # type: ignore[no-untyped-def]
         return x
     x = largest_of_8(x)
     return larger(x, other_half(x)) if n_sub == 16 else x
-
-
-@strict
-def weigh(w, x, size, n_sub, tilt):  # type: ignore[no-untyped-def]
-    """w *= sqrt(2 * mean square of the block + x^2), where `tilt`: large weights matter more than their error says."""
-    if tilt == 0:
-        return
-    squares = splat(0)
-    for i in range(0, 64 * size, 64):
-        value = load_f32x16(x + i)
-        squares = squares + value * value
-    base = group_sum(squares, n_sub) * (splat(2) / splat(size * n_sub))
-    for i in range(0, 64 * size, 64):
-        value = load_f32x16(x + i)
-        store_f32x16(w + i, load_f32x16(w + i) * root(base + value * value))
 
 
 @strict
@@ -112,10 +98,11 @@ def load_lanes(tile, source, size):  # type: ignore[no-untyped-def]
 
 
 def make_search(has_minima: bool, nearest: Callable[..., Any], name: str) -> StrictKernel:
-    """The jitted function (params, x, w, size, n_sub, low, high, scale_low, scale_high, minimum_high, first, step,
-    tries, rounds) that leaves d, dmin, scales and minima of 16 sub-blocks, f32x16 each, at `params`.
+    """The kernel (levels, params, x, importance, n_rows, n_cols, size, n_sub, unweighted, low, high, scale_low,
+    scale_high, minimum_high, first, step, tries, rounds) that fills `levels` and `params` of Found.
 
-    `x` and `w` are addresses of `size` rows of 16 floats: weights and their importance.
+    Inside, `x` and `w` are addresses of `size` rows of 16 floats, weights and their importance, and `params` is that of
+    d, dmin, scales and minima of 16 sub-blocks, f32x16 each. `unweighted`: importance is the same for all.
     """
 
     @strict
@@ -310,6 +297,26 @@ def make_search(has_minima: bool, nearest: Callable[..., Any], name: str) -> Str
         return where_less(none, off, zero, d), where_less(none, off, zero, dmin)
 
     @strict
+    def regain(params, x, size, n_sub, low, high):  # type: ignore[no-untyped-def]
+        """Makes d and dmin at `params` larger by what the block's product with its own weights has lost.
+
+        A least squares fit is smaller on the whole than what it fits, by the share of squares that is error. Random
+        errors of many matrices cancel for the most part; this one is the same in all of them, and adds up.
+        """
+        zero, limit = splat(0), np.float32(65504)
+        d, dmin = load_f32x16(params), load_f32x16(params + 64)
+        scale, minimum = d * load_f32x16(params + 128), dmin * load_f32x16(params + 192)
+        inverse, sum_xx, sum_xy = divide_or_zero(splat(1), scale), zero, zero
+        for i in range(0, 64 * size, 64):
+            value = load_f32x16(x + i)
+            made = scale * nearest((value + minimum) * inverse, low, high) - minimum
+            sum_xx, sum_xy = sum_xx + value * value, sum_xy + value * made
+        gain = divide_or_zero(group_sum(sum_xx, n_sub), group_sum(sum_xy, n_sub))
+        gain = clamp(gain, np.float32(1), np.float32(MOST_GAIN))
+        store_f32x16(params, as_half(clamp(d * gain, -limit, limit)))
+        store_f32x16(params + 64, as_half(clamp(dmin * gain, -limit, limit)))
+
+    @strict
     def set_levels(levels, x, size, low, high, params):  # type: ignore[no-untyped-def]
         """The levels of 16 sub-blocks, bytes, one sub-block after the other."""
         scale = load_f32x16(params) * load_f32x16(params + 128)
@@ -365,7 +372,7 @@ def make_search(has_minima: bool, nearest: Callable[..., Any], name: str) -> Str
 
     @strict_kernel(*[I64] * 9, *[F32] * 7, *[I64] * 2, name=name)
     def kernel(  # type: ignore[no-untyped-def]
-        levels, params, x, importance, n_rows, n_cols, size, n_sub, tilt,
+        levels, params, x, importance, n_rows, n_cols, size, n_sub, unweighted,
         low, high, scale_low, scale_high, minimum_high, first, step, tries, rounds,
     ):  # fmt: skip
         space, column_space, bytes_space = stack(2048), stack(2048), stack(512)
@@ -381,11 +388,12 @@ def make_search(has_minima: bool, nearest: Callable[..., Any], name: str) -> Str
                 copy_bytes(space, x + 4 * (row * n_cols + at), 4 * n)
                 load_lanes(tile, space, size)
                 load_lanes(w, column_space, size)
-                weigh(w, tile, size, n_sub, tilt)
                 search(
                     params, tile, w, size, n_sub, low, high, scale_low, scale_high, minimum_high, first, step, tries,
                     rounds,
                 )  # fmt: skip
+                if unweighted:
+                    regain(params, tile, size, n_sub, low, high)
                 set_levels(bytes_space, tile, size, low, high, params)
                 copy_bytes(levels + row * n_cols + at, bytes_space, n)
                 params += PARAMS
@@ -411,8 +419,8 @@ class Found:
 def search(grid: Grid, rows: np.ndarray, importance: np.ndarray | None, *, rounds: int) -> Found:
     """Levels and scales for float32 `rows` [n, n_cols].
 
-    `importance` float32 [n_cols] weighs the squared errors of the columns; None: large weights count for more, as ggml
-    has it. `rounds` is how often scales are fitted jointly.
+    `importance` float32 [n_cols] weighs the squared errors of the columns. None: all alike, and products keep their
+    size, as `regain` has it. `rounds` is how often scales are fitted jointly.
     """
     n_rows, n_cols = rows.shape
     n_groups = -(-n_cols // (LANES * grid.size))

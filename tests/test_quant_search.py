@@ -8,7 +8,7 @@ from encoded import decoded_search
 
 from llmq.formats import IQ4_VALUES
 from quant.grid import GRIDS, TABLE, Grid
-from quant.search import SAME_FIT, search
+from quant.search import MOST_GAIN, SAME_FIT, search
 
 ALL = pytest.mark.parametrize("grid", GRIDS.values(), ids=lambda grid: grid.format.name)
 
@@ -22,12 +22,9 @@ def uneven(n_cols: int, seed: int = 2) -> np.ndarray:
     return np.square(np.random.default_rng(seed).standard_normal(n_cols)).astype(np.float32)
 
 
-def weights_of(grid: Grid, rows: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
+def weights_of(rows: np.ndarray, importance: np.ndarray) -> np.ndarray:
     """What each squared error counts for, float64 [n, n_cols]."""
-    if importance is not None:
-        return np.broadcast_to(importance.astype(np.float64), rows.shape)
-    blocks = rows.astype(np.float64).reshape(-1, grid.format.block_size)
-    return np.sqrt(2 * np.mean(blocks**2, axis=1, keepdims=True) + blocks**2).reshape(rows.shape)
+    return np.broadcast_to(importance.astype(np.float64), rows.shape)
 
 
 def found(grid: Grid, rows: np.ndarray, importance: np.ndarray | None = None, *, rounds: int = 3) -> np.ndarray:
@@ -117,7 +114,7 @@ def test_the_first_search_is_the_naive_one(grid: Grid, kind: str) -> None:
     }[kind]()
     rows = rows.astype(np.float32)
     importance = uneven(512) + np.float32(0.1)
-    weights = weights_of(grid, rows, importance)
+    weights = weights_of(rows, importance)
     blocks = (array.astype(np.float64).reshape(-1, grid.format.block_size) for array in (rows, weights))
     expected = np.array([naive_block(grid, x, w) for x, w in zip(*blocks, strict=True)]).reshape(rows.shape)
     ours = found(grid, rows, importance, rounds=0)
@@ -133,7 +130,7 @@ def test_rounds_never_make_a_block_worse(grid: Grid) -> None:
     rows[3] = np.abs(rows[3])
     rows[4] = 1 + rows[4] / 100
     importance = uneven(1024)
-    weights = weights_of(grid, rows, importance)
+    weights = weights_of(rows, importance)
     errors = []
     for rounds in (0, 1, 3, 6):
         ours = decoded_search(grid, search(grid, rows, importance, rounds=rounds))
@@ -150,8 +147,20 @@ def test_an_important_column_has_less_error(grid: Grid) -> None:
     importance[::37] = 100
     with_it, without = ((found(grid, rows, given) - rows) ** 2 for given in (importance, None))
     assert with_it[:, ::37].mean() < 0.8 * without[:, ::37].mean()
-    weights = weights_of(grid, rows, importance)
+    weights = weights_of(rows, importance)
     assert (weights * with_it).sum() < (weights * without).sum()
+
+
+@ALL
+def test_without_importance_products_keep_their_size(grid: Grid) -> None:
+    """By theory a fit by least squares loses the share that its error has, which is then made good."""
+    rows = normal(64, 512)
+    fitted, kept = found(grid, rows, np.ones(512, np.float32)), found(grid, rows)
+    lost = ((fitted - rows) ** 2).sum() / (rows**2).sum()
+    gains = [(made * rows).sum() / (rows**2).sum() for made in (fitted, kept)]
+    assert gains[0] == pytest.approx(1 - lost, abs=lost / 5)
+    assert gains[1] == pytest.approx(min(1, gains[0] * MOST_GAIN), abs=lost / 4 + 2**-12)
+    assert ((kept - rows) ** 2).sum() < ((fitted - rows) ** 2).sum() * (1 + 1.5 * lost)
 
 
 @ALL
