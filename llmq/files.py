@@ -19,6 +19,7 @@ if sys.platform != "win32":
 FULL_SYNC = getattr(fcntl, "F_FULLFSYNC", None) if sys.platform != "win32" else None
 BLOCK = 1 << 20  # bytes that are read at a time
 SHA256 = re.compile("[0-9a-f]{64}")
+PART_SUFFIXES = (".part", ".part.journal", ".part.journal.new")  # of a file in the making, as llmq.part says
 SPARE_SHARE, MOST_SPARE = 0.02, 256 << 20
 
 
@@ -130,7 +131,11 @@ def sha256_of(path: Path, on_bytes: Callable[[int], None] | None = None, *, foll
 
 
 def check_target(target: Path) -> None:
-    """UsageError where no file can be written."""
+    """UsageError where no file can be written, or one would lie where another is in the making."""
+    if target.name.lower().endswith(PART_SUFFIXES):
+        raise UsageError(
+            f"cannot write {quoted(str(target), 120)}: names that end so are those of files in the making; give another"
+        )
     with explained(target):
         if target.is_dir():
             what = "it is a folder"

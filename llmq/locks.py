@@ -35,7 +35,7 @@ def hold(path: Path) -> int | None:
             os.close(descriptor)
             return None
         # What was opened may meanwhile have been renamed or removed by the one who held it.
-        if _is_at(path, status):
+        if is_at(path, status):
             return descriptor
         os.close(descriptor)
 
@@ -70,8 +70,9 @@ def lock(descriptor: int) -> bool:
     return True
 
 
-def _is_at(path: Path, status: os.stat_result) -> bool:
+def is_at(path: Path, status: os.stat_result) -> bool:
+    """Whether an open file, of this status, still has the name it was opened by."""
     try:
         return os.path.samestat(status, path.lstat())
-    except FileNotFoundError:
+    except OSError:
         return False

@@ -19,8 +19,18 @@ from pathlib import Path
 from typing import Any
 
 from llmq.errors import BusyError, FileFormatError, LlmqError, ResourceError, UnsupportedError, UsageError, quoted
-from llmq.files import BLOCK, allocated_bytes, check_target, explained, open_regular, sync, sync_folder, write_all
-from llmq.locks import hold, is_plain
+from llmq.files import (
+    BLOCK,
+    PART_SUFFIXES,
+    allocated_bytes,
+    check_target,
+    explained,
+    open_regular,
+    sync,
+    sync_folder,
+    write_all,
+)
+from llmq.locks import hold, is_at, is_plain
 
 Note = dict[str, Any]  # of what JSON gives back as it was
 
@@ -35,8 +45,8 @@ def nothing_to_check() -> None:
 
 def part_paths(target: Path) -> tuple[Path, Path, Path]:
     """The files written beside `target`: the part, its journal, and the journal's next version."""
-    part = target.with_name(f"{target.name}.part")
-    return part, part.with_name(f"{part.name}.journal"), part.with_name(f"{part.name}.journal.new")
+    part, journal, new = (target.with_name(target.name + suffix) for suffix in PART_SUFFIXES)
+    return part, journal, new
 
 
 class PartFile:
@@ -143,10 +153,14 @@ class PartFile:
         return self._digest.hexdigest()
 
     def publish(self, *, new: bool = False) -> None:
-        """Gives the file its name; it is on disk whole before it has it. `new`: UsageError where the name is taken."""
+        """Gives the file its name; it is on disk whole before it has it. `new`: UsageError where the name is taken.
+
+        UsageError too where something else has taken the part's place, which is left.
+        """
         try:
             self._wait()
             with explained(self.target):
+                self._check_is_ours()
                 sync(self._descriptor)
                 # The journal goes first: once the part has its name, another run may begin one.
                 self._remove_journal()
@@ -164,8 +178,8 @@ class PartFile:
 
     def leave(self, error: BaseException | None) -> None:
         """Stops before the end: keeps finished pieces for a later run, unless there is no job or the source is bad."""
-        pieces = self._pieces or self._earlier
-        if self._job and pieces and not isinstance(error, FileFormatError | UnsupportedError):
+        pieces, is_ours = self._pieces or self._earlier, self._is_ours()
+        if self._job and pieces and is_ours and not isinstance(error, FileFormatError | UnsupportedError):
             # A disk that is full may have no room for a journal either; then the one before holds.
             with contextlib.suppress(LlmqError):
                 self._save()
@@ -174,7 +188,7 @@ class PartFile:
             # A journal that is still being written would come back.
             with contextlib.suppress(LlmqError):
                 self._wait()
-            for path in (self._new, self._journal, self._path):
+            for path in (self._new, self._journal, *([self._path] if is_ours else [])):
                 with contextlib.suppress(OSError):  # which must not hide `error`
                     path.unlink(missing_ok=True)
         self._close()
@@ -230,6 +244,17 @@ class PartFile:
             with explained(self.target):
                 self._saving.result()
             self._saving = None
+
+    def _is_ours(self) -> bool:
+        """Whether the part is still the file that is open; a lock keeps nobody from renaming another over it."""
+        return self._descriptor < 0 or is_at(self._path, os.fstat(self._descriptor))
+
+    def _check_is_ours(self) -> None:
+        if not self._is_ours():
+            raise UsageError(
+                f"cannot write {quoted(str(self.target), 120)}: {quoted(self._path.name)} was removed or replaced "
+                "meanwhile; do it again"
+            )
 
     def _name_new(self) -> None:
         try:

@@ -162,7 +162,7 @@ REFUSED = [
     (["--save-imatrix", "i.gguf", "--imatrix", "others.imatrix"], 2, "add --calibrate"),
     (["--calibrate", "--save-imatrix", "in/config.json"], 2, "'config.json' is an input"),
     (["--calibrate", "--save-imatrix", "out.gguf"], 2, "'out.gguf' would be written twice"),
-    (["--calibrate", "--save-imatrix", "out.gguf.part"], 2, "would be written twice"),
+    (["--calibrate", "--save-imatrix", "out.gguf.part"], 2, "files in the making"),
     (["--text", "text.txt", "--save-imatrix", "text.txt"], 2, "'text.txt' is an input"),
     (["--text", "text.txt", "-o", "text.txt"], 2, "'text.txt' is an input"),
     (["--imatrix", "others.imatrix", "-o", "others.imatrix"], 2, "'others.imatrix' is an input"),

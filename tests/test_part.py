@@ -177,6 +177,34 @@ def test_a_target_is_written_by_one_process(tmp_path: Path) -> None:
     write(tmp_path / "x")
 
 
+@pytest.mark.parametrize("job", ["job", ""])
+@pytest.mark.parametrize("new", [False, True])
+@pytest.mark.parametrize("there", [b"another's", None])
+def test_what_took_the_place_of_a_part_is_not_published(tmp_path: Path, job: str, new: bool, there: Any) -> None:
+    part = PartFile(tmp_path / "x", job)
+    part.open(HEAD, len(WHOLE))
+    part.write(PIECES[0])
+    part.record({})
+    if there:
+        (tmp_path / "y").write_bytes(there)
+        (tmp_path / "y").rename(tmp_path / "x.part")
+    else:
+        (tmp_path / "x.part").unlink()
+    with pytest.raises(UsageError, match=r"cannot write .*'x\.part' was removed or replaced meanwhile; do it again"):
+        part.publish(new=new)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == ({"x.part": there} if there else {})
+
+
+@pytest.mark.parametrize("name", ["y.part", "y.part.journal", "y.part.journal.new", "y.PART"])
+def test_a_name_of_a_part_is_no_target(tmp_path: Path, name: str) -> None:
+    """Nor is what a link of another name leads to."""
+    (tmp_path / "x").symlink_to(name)
+    for target in (tmp_path / name, tmp_path / "x"):
+        with pytest.raises(UsageError, match="names that end so are those of files in the making; give another"):
+            PartFile(target).open(HEAD, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
 def test_a_file_that_got_its_name_meanwhile_is_not_taken_for_a_part(tmp_path: Path, monkeypatch: Any) -> None:
     """The one who held the lock publishes between another's opening and locking."""
     first = PartFile(tmp_path / "x", "job")
