@@ -82,6 +82,7 @@ class PartFile:
         with explained(self.target):
             self._check_space(n_bytes)
             self._drop_second_name()
+        with explained(self._path):  # which is what may lie in the way
             descriptor = hold(self._path)
         if descriptor is None:
             raise BusyError(f"cannot write {quoted(str(self.target), 120)}", self._read_journal().get("pid", 0))
@@ -237,7 +238,8 @@ class PartFile:
             file.write(hashlib.sha256(journal).hexdigest().encode() + b"\n" + journal)
             file.flush()
             sync(file.fileno())
-        self._new.replace(self._journal)
+        with explained(self._journal):
+            self._new.replace(self._journal)
 
     def _wait(self) -> None:
         if self._saving:
