@@ -6,7 +6,10 @@ import mmap
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
+import psutil
 import pytest
 from checkpoints import hf_config, hf_shapes, write_checkpoint
 from hub import Hub
@@ -15,7 +18,7 @@ from published import publish
 from llmq.errors import ResourceError
 from llmq.formats import F32
 from llmq.gguf import GGUFWriter, TensorSpec
-from quant import calibrate
+from quant import calibrate, memory
 from quant import quantize as module
 from quant.files import map_file
 from quant.guide import Running
@@ -168,6 +171,27 @@ def test_the_prediction_grows_with_threads_and_not_with_tensors(tmp_path: Path) 
     small, large = open_source(tmp_path / "small"), open_source(empty_checkpoint(tmp_path / "large"))
     assert predicted_memory(small, 1) < predicted_memory(small, 8) < 1e9
     assert predicted_memory(large, 2) - predicted_memory(small, 2) == (150_000 - 608) * module.TEXT_BYTES
+
+
+@pytest.mark.skipif(not hasattr(psutil.Process().memory_info(), "shared"), reason="the system does not tell")
+def test_what_a_process_has_counts_once(tmp_path: Path, monkeypatch) -> None:
+    """Its own memory adds to what is free; pages of a file, which are free as they are, do not."""
+    monkeypatch.setattr(memory, "memory_free", lambda: 10**9)
+    with (tmp_path / "file").open("wb") as file:
+        file.truncate(64 << 20)
+    before = memory.free_memory()
+    pages = np.frombuffer(map_file(tmp_path / "file"), np.uint8)
+    assert not pages[::4096].any()
+    assert abs(memory.free_memory() - before) < 8 << 20
+    own = np.ones(64 << 20, np.uint8)
+    assert abs(memory.free_memory() - before - own.size) < 8 << 20
+    assert before > 10**9
+
+
+def test_where_a_system_does_not_tell_of_mapped_files(monkeypatch) -> None:
+    monkeypatch.setattr(memory, "memory_free", lambda: 10**9)
+    monkeypatch.setattr(psutil.Process, "memory_info", lambda _: SimpleNamespace(rss=70))
+    assert memory.free_memory() == 10**9 + 70
 
 
 def test_too_little_memory_is_refused_before_the_first_byte(tmp_path: Path, monkeypatch) -> None:
