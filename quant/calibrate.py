@@ -34,6 +34,7 @@ MAX_TOKENS = 1 << 17
 MOMENT_BYTES = 56
 # One chunk of so many is held out.
 HELD = 5
+SHORTER = ", or give a shorter text"  # another way to have room
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,16 @@ class LayerStatistics:
     held: dict[str, np.ndarray]
 
 
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A run over `chunks` that has not begun, and the memory it will take, in bytes."""
+
+    model: SourceModel
+    chunks: list[list[int]]
+    block: int
+    n_bytes: int
+
+
 def calibrate(
     src: Path,
     text: str,
@@ -69,19 +80,29 @@ def calibrate(
     out does not depend on `threads` (default: one per physical core). `tell` is told the layer that is about to be run,
     from 1, and how many there are.
 
-    Raises at once UsageError (a text that is empty or too long), ResourceError (memory), FileFormatError and
-    UnsupportedError (the source); on the way FileFormatError for weights that give no numbers.
+    Raises at once what plan() does; on the way FileFormatError for weights that give no numbers.
+    """
+    return run(plan(src, text, block), threads=threads, tell=tell)
+
+
+def plan(src: Path, text: str, block: int = 0) -> Plan:
+    """What run() needs to do what calibrate() does.
+
+    Raises UsageError (a text that is empty or too long), ResourceError (memory), FileFormatError and UnsupportedError
+    (the source).
     """
     model = open_model(src)
     chunks = chunks_of(load_tokenizer(model.gguf.metadata), text, min(BATCH, model.config.context_length))
-    check_room("calibrating", predicted_memory(model, chunks, block), ", or give a shorter text")
-    return _layers(model, chunks, threads or usable_cores(), block, tell)
+    n_bytes = predicted_memory(model, chunks, block)
+    check_room("calibrating", n_bytes, SHORTER)
+    return Plan(model, chunks, block, n_bytes)
 
 
-def _layers(
-    model: SourceModel, chunks: list[list[int]], n_threads: int, block: int, tell: Callable[[int, int], None] | None
+def run(
+    planned: Plan, *, threads: int | None = None, tell: Callable[[int, int], None] | None = None
 ) -> Iterator[LayerStatistics]:
-    config, gguf = model.config, model.gguf
+    model, chunks, block = planned.model, planned.chunks, planned.block
+    config, gguf, n_threads = model.config, model.gguf, threads or usable_cores()
     give_back()
     hidden = [np.empty((len(chunk), config.dim), np.float32) for chunk in chunks]
     with closing(Engine(gguf, config, n_threads)) as engine:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from quant.calibrate import LayerStatistics, calibrate
+from quant.calibrate import LayerStatistics, plan, run
 from quant.calibration import BORROWED_TOKENS, Calibration
 from quant.feedback import BLOCK, Feedback, prepare
 
@@ -40,8 +40,9 @@ def guides_of(calibration: Calibration) -> Guides:
 class Running:
     """Guides from a run of the model, made layer by layer as they are asked for; only one layer's are in memory.
 
-    One run serves one quantization. `calibration` has what it gathered so far, without moments; `dataset`, `threads`
-    and `tell` are those of calibrate.
+    One run serves one quantization. `calibration` has what it gathered so far, without moments; `n_bytes` is the memory
+    that it takes; `dataset` names the text, `threads` and `tell` are those of calibrate, which also tells what is
+    raised.
     """
 
     def __init__(
@@ -53,7 +54,9 @@ class Running:
         threads: int | None = None,
         tell: Callable[[int, int], None] | None = None,
     ) -> None:
-        self._layers: Iterator[LayerStatistics] = calibrate(src, text, threads=threads, block=BLOCK, tell=tell)
+        planned = plan(src, text, BLOCK)
+        self.n_bytes = planned.n_bytes
+        self._layers: Iterator[LayerStatistics] = run(planned, threads=threads, tell=tell)
         self._guides: dict[str, Guide] = {}
         self.calibration = Calibration({}, dataset, 0, 0)
 

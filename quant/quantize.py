@@ -19,8 +19,9 @@ from llmq.formats import Format
 from llmq.gguf import GGUFWriter, TensorSpec, quoted
 from llmq.jit import source_stamp
 from llmq.part import Note, nothing_to_check
+from quant.calibrate import SHORTER
 from quant.encode import FAST, ROUNDS, encode_guided, squared_error
-from quant.guide import Guide, Guides, no_guide
+from quant.guide import Guide, Guides, Running, no_guide
 from quant.limits import check_range
 from quant.memory import BASE_BYTES, TEXT_BYTES, check_room
 from quant.outputs import check_outputs
@@ -108,7 +109,7 @@ def quantize(
     words = settings(fast, overrides, remarks)
     metadata = file_metadata(source, preset, words, guided_by, mixed=mix is not None)
     n_threads = threads or _available()
-    check_memory(source, n_threads)
+    check_memory(source, n_threads, guides)
     job = _job(source, preset, guided_by, str(fast))
     pieces = [piece for weights, spec in zip(tensors, specs, strict=True) for piece in pieces_of(weights, spec)]
     if course := source.course:
@@ -259,8 +260,13 @@ def predicted_memory(source: Source, n_threads: int) -> int:
     return BASE_BYTES + chunk * per_weight + streams + n_texts * TEXT_BYTES
 
 
-def check_memory(source: Source, n_threads: int) -> None:
-    check_room(f"quantizing with {n_threads} threads", predicted_memory(source, n_threads))
+def check_memory(source: Source, n_threads: int, guides: Guides) -> None:
+    """Raises ResourceError where there is too little, also for a run of the model meanwhile, in the same process."""
+    what, needed = f"quantizing with {n_threads} threads", predicted_memory(source, n_threads)
+    if isinstance(guides, Running):
+        check_room(f"{what} while calibrating", needed + guides.n_bytes - BASE_BYTES, SHORTER)
+    else:
+        check_room(what, needed)
 
 
 def _available() -> int:

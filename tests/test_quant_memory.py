@@ -136,19 +136,16 @@ def test_the_peak_of_a_stream_is_below_the_prediction(hub: Hub, tmp_path: Path, 
     )
 
 
-# The same with guides of a run of the model: the memory of both, which have one compiler and one vocabulary.
+# The same with guides of a run of the model: what is asked for before the first byte is for both.
 GUIDED = """
 import re, sys
 from pathlib import Path
-from quant import calibrate
+from quant import quantize as module
 from quant.guide import Running
-from quant.memory import BASE_BYTES
-from quant.quantize import predicted_memory, quantize
-from quant.source import open_source
 source, out, text = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-predicted = [predicted_memory(open_source(source), 2) - BASE_BYTES]
-calibrate.check_room = lambda _what, needed, _otherwise: predicted.append(needed)
-for _ in quantize(source, out, "q4_k_m", threads=2, guides=Running(source, text, "text", threads=2)):
+predicted = []
+module.check_room = lambda _what, needed, _otherwise: predicted.append(needed)
+for _ in module.quantize(source, out, "q4_k_m", threads=2, guides=Running(source, text, "text", threads=2)):
     pass
 print(sum(predicted), int(re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1]) << 10)
 """
@@ -192,6 +189,24 @@ def test_where_a_system_does_not_tell_of_mapped_files(monkeypatch) -> None:
     monkeypatch.setattr(memory, "memory_free", lambda: 10**9)
     monkeypatch.setattr(psutil.Process, "memory_info", lambda _: SimpleNamespace(rss=70))
     assert memory.free_memory() == 10**9 + 70
+
+
+def test_calibrating_and_quantizing_have_room_together(tmp_path: Path, monkeypatch) -> None:
+    write_checkpoint(tmp_path / "model")
+    running = Running(tmp_path / "model", "The keeper of the light went down to the harbour. " * 9, "text")
+    alone = predicted_memory(open_source(tmp_path / "model"), 2)
+    both = alone + running.n_bytes - memory.BASE_BYTES
+    assert both > max(alone, running.n_bytes) + 1
+    for free in both - 1, both:
+        monkeypatch.setattr(memory, "free_memory", lambda free=free: free)
+        reports = quantize(tmp_path / "model", tmp_path / "out.gguf", "q8_0", threads=2, guides=running)
+        if free < both:
+            with pytest.raises(ResourceError, match=r"quantizing with 2 threads while calibrating needs .* shorter"):
+                next(reports)
+            assert [path.name for path in tmp_path.iterdir()] == ["model"]
+        else:
+            next(reports)
+            reports.close()
 
 
 def test_too_little_memory_is_refused_before_the_first_byte(tmp_path: Path, monkeypatch) -> None:
