@@ -5,6 +5,7 @@ import math
 import mmap
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,14 +17,16 @@ from hub import Hub
 from published import publish
 
 from llmq.errors import ResourceError
-from llmq.formats import F32
+from llmq.formats import F16, F32, IQ4_XS, Q2_K, Q6_K, Format
 from llmq.gguf import GGUFWriter, TensorSpec
 from quant import calibrate, memory
 from quant import quantize as module
+from quant.feedback import prepare
 from quant.files import map_file
-from quant.guide import Running
+from quant.guide import Guide, Running
+from quant.pieces import pieces_of
 from quant.quantize import predicted_memory, quantize
-from quant.source import open_source
+from quant.source import Weights, open_source
 from quant.stream import WINDOW
 
 # One tensor, the embedding, is 600 MB in F32; the file has no blocks on disk.
@@ -207,6 +210,33 @@ def test_calibrating_and_quantizing_have_room_together(tmp_path: Path, monkeypat
         else:
             next(reports)
             reports.close()
+
+
+def guide_of(n_cols: int) -> Guide:
+    """Of columns that have nothing to do with each other."""
+    moments = np.tile(np.eye(256, dtype=np.float32), (n_cols // 256, 1, 1))
+    return Guide(np.ones((1, n_cols), np.float32), (prepare(moments),), moments[None])
+
+
+@pytest.mark.parametrize("fmt", [Q2_K, Q6_K, IQ4_XS, F16], ids=lambda fmt: fmt.name)
+@pytest.mark.parametrize("is_guided", [False, True])
+def test_a_threads_share_is_what_encoding_takes(tmp_path: Path, fmt: Format, is_guided: bool) -> None:
+    """Measured by what NumPy allocates for a whole chunk of weights; the kernels allocate nothing."""
+    rows = np.random.default_rng(0).standard_normal((module.CHUNK // 1024, 1024), np.float32)
+    weights = Weights("blk.0.attn_q.weight", rows.shape, "F32", lambda start, stop: rows[start:stop].copy())
+    (piece,) = pieces_of(weights, TensorSpec(weights.name, weights.shape, fmt))
+    guide = guide_of(rows.shape[1]) if is_guided else None
+    chunk = module._Chunk(piece, 0, len(rows), measured=True, guide=guide, rounds=0)
+    module._encode(chunk)  # what it takes once
+    tracemalloc.start()
+    packed = module._encode(chunk).packed
+    needed = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+
+    write_checkpoint(tmp_path)
+    source = open_source(tmp_path)
+    share = predicted_memory(source, 9) - predicted_memory(source, 8)
+    assert needed + 2 * packed.nbytes <= share < 4 * needed
 
 
 def test_too_little_memory_is_refused_before_the_first_byte(tmp_path: Path, monkeypatch) -> None:
