@@ -23,6 +23,7 @@ from llmq.gguf import GGUF, quoted
 from llmq.layout import BATCH
 from llmq.tokenizer import Tokenizer, load_tokenizer
 from quant.calibration import DEFAULT_TEXT, Calibration, Inputs
+from quant.evaluate import LEAST_TOKENS
 from quant.limits import check_finite
 from quant.memory import BASE_BYTES, TEXT_BYTES, check_room, give_back
 from quant.model import SourceModel, open_model
@@ -88,11 +89,16 @@ def calibrate(
 def plan(src: Path, text: str, block: int = 0) -> Plan:
     """What run() needs to do what calibrate() does.
 
-    Raises UsageError (a text that is empty or too long), ResourceError (memory), FileFormatError and UnsupportedError
-    (the source).
+    Raises UsageError (a text of fewer than 32 tokens, or too many), ResourceError (memory), FileFormatError and
+    UnsupportedError (the source).
     """
     model = open_model(src)
     chunks = chunks_of(load_tokenizer(model.gguf.metadata), text, min(BATCH, model.config.context_length))
+    n_tokens = sum(map(len, chunks))
+    if n_tokens < LEAST_TOKENS:
+        raise UsageError(
+            f"the text for calibration has {n_tokens} of the {LEAST_TOKENS} tokens that it needs; give a longer one"
+        )
     n_bytes = predicted_memory(model, chunks, block)
     check_room("calibrating", n_bytes, SHORTER)
     return Plan(model, chunks, block, n_bytes)

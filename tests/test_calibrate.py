@@ -172,7 +172,7 @@ def test_the_same_bytes_for_any_number_of_threads(tmp_path: Path) -> None:
 def test_experts_that_read_nothing(tmp_path: Path) -> None:
     changes = EXPERTS | {"num_local_experts": 32, "num_hidden_layers": 1}
     hf = write_checkpoint(tmp_path, **SMALL, **changes)
-    text = "a b"
+    text = "a" * 70
     _config, seen = expected(tmp_path, hf, text)
     layers = run(tmp_path, text, block=256)
     name = "blk.0.ffn_down_exps.weight"
@@ -189,7 +189,7 @@ def test_experts_that_read_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("block", "size"), [(128, 128), (96, 32), (256, 256), (1000, 256)])
 def test_blocks_that_do_not_divide_the_width(tmp_path: Path, block: int, size: int) -> None:
     write_checkpoint(tmp_path, **SMALL, num_hidden_layers=1)
-    layers = run(tmp_path, "a few words", block=block)
+    layers = run(tmp_path, "a few words " * 8, block=block)
     inputs, moments = layers[0].inputs["blk.0.attn_q.weight"], layers[0].moments["blk.0.attn_q.weight"]
     assert moments.shape == (1, 256 // size, size, size)
     diagonal = np.diagonal(moments, axis1=2, axis2=3).reshape(1, 256)
@@ -221,6 +221,11 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hf = write_checkpoint(tmp_path / "model", **SMALL)
     with pytest.raises(UsageError, match="no tokens"):
         run(tmp_path / "model", "")
+    word = "x" * 30
+    assert [len(chunk) for chunk in chunks_of(tmp_path / "model", word, 64)] == [32]
+    run(tmp_path / "model", word)
+    with pytest.raises(UsageError, match=r"has 31 of the 32 tokens that it needs; give a longer one"):
+        run(tmp_path / "model", word[:-1])
     with monkeypatch.context() as patch:
         patch.setattr("quant.calibrate.MAX_TOKENS", 20)
         with pytest.raises(UsageError, match=r"has \d+ tokens; give one of up to 20"):
@@ -244,7 +249,7 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_nothing_is_written(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "model", **SMALL)
     before = sorted(tmp_path.rglob("*"))
-    run(tmp_path / "model", "a few words")
+    run(tmp_path / "model", "a few words " * 8)
     assert sorted(tmp_path.rglob("*")) == before
 
 

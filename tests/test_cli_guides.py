@@ -147,6 +147,7 @@ def test_an_interrupted_calibration_saves_all_the_same(model, capsys) -> None:
 
 REFUSED = [
     (["--text", "empty.txt"], 2, "the text for calibration has no tokens"),
+    (["--text", "hi.txt"], 2, "of the 32 tokens that it needs; give a longer one"),
     (["--text", "latin.txt"], 2, "'latin.txt' is not UTF-8 text (byte 3)"),
     (["--text", "absent.txt"], 2, "there is no file 'absent.txt'"),
     (["--text", "."], 2, "there is no file '.'"),
@@ -176,12 +177,13 @@ REFUSED = [
 @pytest.mark.usefixtures("model")
 def test_refusals_are_one_line_and_leave_everything(tiny_model, capsys, arguments, code, said) -> None:
     Path("empty.txt").write_text("")
+    Path("hi.txt").write_text("hi")
     Path("latin.txt").write_bytes(b"caf\xe9")
     Path("long.txt").write_bytes(b"x" * ((16 << 20) + 1))
     other = tiny_model(n_layers=1, dim=512, format=F16)[0]
     Path("other.gguf").write_bytes(other.read_bytes())
     if "imatrix" in said or "others.imatrix" in arguments or "cut.imatrix" in arguments:
-        write_imatrix(Path("others.imatrix"), gather(calibrate(other, "a few words")))
+        write_imatrix(Path("others.imatrix"), gather(calibrate(other, "a few words " * 12)))
         Path("cut.imatrix").write_bytes(Path("others.imatrix").read_bytes()[:-1000])
     before = {path: path.stat() for path in Path().rglob("*.*")}
     got, out, err = llmq(capsys, "-o", "out.gguf", *arguments)

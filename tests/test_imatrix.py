@@ -108,7 +108,7 @@ def test_one_count_for_all_experts(tmp_path: Path) -> None:
 def test_a_calibration_comes_back(tmp_path: Path) -> None:
     experts = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 1}
     write_checkpoint(tmp_path / "model", **experts)
-    calibration = gather(calibrate(tmp_path / "model", "a few words", threads=1))
+    calibration = gather(calibrate(tmp_path / "model", "a few words " * 12, threads=1))
     write_imatrix(tmp_path / "i.gguf", calibration)
     shapes = {weights.name: weights.shape for weights in open_source(tmp_path / "model").weights}
     found = read_imatrix(tmp_path / "i.gguf", shapes)

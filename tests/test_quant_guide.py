@@ -287,16 +287,16 @@ def test_widths_that_are_no_multiple_of_256(tmp_path: Path, preset: str) -> None
 
 
 def test_experts_that_read_nothing_go_by_what_all_read(tmp_path: Path) -> None:
-    source, name = tmp_path / "model", "blk.0.ffn_down_exps.weight"
+    source, name, text = tmp_path / "model", "blk.0.ffn_down_exps.weight", "a" * 70
     write_checkpoint(source, **SMALL | EXPERTS | {"num_local_experts": 12, "intermediate_size": 256})
-    inputs = next(calibrate(source, "a b", threads=2)).inputs[name]
+    inputs = next(calibrate(source, text, threads=2)).inputs[name]
     assert 0 < (inputs.counts == 0).sum() < 12
-    guide = Running(source, "a b", "", threads=2)(name)
+    guide = Running(source, text, "", threads=2)(name)
     assert guide is not None
     for feedback in guide.feedback:
         assert all(np.isfinite(part).all() for part in (feedback.importance, feedback.forward, feedback.around))
         assert (feedback.importance > 0).all()
-    reports = run(source, tmp_path / "out.gguf", "q4_k_m", Running(source, "a b", "", threads=2))
+    reports = run(source, tmp_path / "out.gguf", "q4_k_m", Running(source, text, "", threads=2))
     assert all(report.rms_error < 0.12 for report in reports)
     mean = inputs.sum_squares.sum(axis=0, dtype=np.float64) / inputs.counts.sum()
     weights = next(weights for weights in open_source(source).weights if weights.name == name)
