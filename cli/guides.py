@@ -80,7 +80,7 @@ def open_guides(source: Path, words: Words | None, imatrix: Path | None) -> Know
     n_tokens = len(load_tokenizer(open_source(source).metadata).encode(words.text))
     remark = f"calibrated on {words.name}, {n_tokens} tokens"
     guides = Running(source, words.text, words.name, tell=show_calibrating)
-    return Knowledge(guides, digest(words.text.encode()), (remark,))
+    return Knowledge(guides, digest(words.text.encode()), (remark, *guides.remarks))
 
 
 def show_calibrating(layer: int, n_layers: int) -> None:

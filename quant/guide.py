@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from quant.calibrate import LayerStatistics, plan, run
+from quant.calibrate import HELD, LayerStatistics, plan, run
 from quant.calibration import BORROWED_TOKENS, Calibration
 from quant.feedback import BLOCK, Feedback, prepare
 
@@ -41,8 +41,8 @@ class Running:
     """Guides from a run of the model, made layer by layer as they are asked for; only one layer's are in memory.
 
     One run serves one quantization. `calibration` has what it gathered so far, without moments; `n_bytes` is the memory
-    that it takes; `dataset` names the text, `threads` and `tell` are those of calibrate, which also tells what is
-    raised.
+    that it takes; `remarks` are words for the receipt of what is made with it; `dataset` names the text, `threads` and
+    `tell` are those of calibrate, which also tells what is raised.
     """
 
     def __init__(
@@ -56,6 +56,8 @@ class Running:
     ) -> None:
         planned = plan(src, text, BLOCK)
         self.n_bytes = planned.n_bytes
+        # Without text held out, whether feedback is better cannot be told, and it is not used.
+        self.remarks = () if len(planned.chunks) >= HELD else (f"by importance only, having under {HELD} chunks",)
         self._layers: Iterator[LayerStatistics] = run(planned, threads=threads, tell=tell)
         self._guides: dict[str, Guide] = {}
         self.calibration = Calibration({}, dataset, 0, 0)

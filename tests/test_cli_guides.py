@@ -83,6 +83,15 @@ def test_a_text_from_a_file_or_stdin_guides(model, capsys, monkeypatch) -> None:
     assert receipt() == (f"thorough; calibrated on stdin, {n} tokens", digest)
 
 
+def test_a_text_of_which_nothing_can_be_held_out_says_so(model, capsys) -> None:
+    text = TEXT[:100]
+    assert 48 < n_tokens(model, text) < 4 * 48
+    Path("text.txt").write_text(text)
+    made(capsys, "--text", "text.txt")
+    remarks = f"calibrated on text.txt, {n_tokens(model, text)} tokens; by importance only, having under 5 chunks"
+    assert receipt()[0] == f"thorough; {remarks}"
+
+
 def test_the_text_that_comes_with_llmq(model, capsys) -> None:
     own = DEFAULT_TEXT.read_bytes()
     write_checkpoint(model, num_hidden_layers=1, intermediate_size=256)

@@ -84,7 +84,7 @@ def test_a_page_of_a_model_that_was_run(llmq: Run) -> None:
         assert shown == pytest.approx([figure.value, figure.low, figure.high], rel=1e-4, abs=2e-5)
     assert found[found.index("all positions") + 1] == f"{expected.kl_quantiles[1.0]:.5f}"
     settings = found[found.index("made as") + 1]
-    assert re.fullmatch(r"q2_k, fast; calibrated on text\.txt, \d+ tokens", settings)
+    assert re.fullmatch(r"q2_k, fast; calibrated on text\.txt, \d+ tokens; by importance only, .*", settings)
     assert found[found.index("calibration") + 1] == f"sha256 {hashlib.sha256(TEXT.encode()).hexdigest()}"
 
 

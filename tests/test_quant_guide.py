@@ -115,6 +115,18 @@ def test_guides_of_one_layer_are_in_memory_at_a_time(tmp_path: Path) -> None:
         del guide
 
 
+@pytest.mark.parametrize("n_chunks", [4, 5])
+def test_feedback_is_spoken_of_where_it_is_not_used(tmp_path: Path, n_chunks: int) -> None:
+    """It is where moments of text held out are there to compare by."""
+    write_checkpoint(tmp_path, **SMALL)
+    running = Running(tmp_path, "x" * 46 * n_chunks, "a text", threads=2)
+    guide = running("blk.0.attn_q.weight")
+    assert guide is not None
+    assert guide.held is not None
+    assert running.calibration.n_chunks == n_chunks
+    assert guide.held.any() == (n_chunks == 5) == (not running.remarks)
+
+
 def test_routers_have_no_guide(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, **SMALL, **EXPERTS)
     running = Running(tmp_path, TEXT, "a text", threads=2)
