@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from llmq.errors import UsageError
 from llmq.formats import (
     F16,
     F32,
@@ -64,12 +65,21 @@ def budget_of_bits(source: Source, bits: float) -> int:
 def check_budget(source: Source, budget: int, overrides: Sequence[Override] = ()) -> None:
     """Raises UsageError where best_mix() would: for an override that fits nothing, and for too small a budget."""
     assign(PRESETS["q8_0"], {weights.name: weights.shape for weights in source.weights}, overrides=overrides)
-    allocate(
-        {
-            weights.name: [Option(fmt, _in_file(source, weights, fmt), 0.0) for fmt in _choices(weights, overrides)]
-            for weights in _matrices(source)
-        },
-        budget,
+    least = _least_bytes(source, overrides)
+    if least <= budget:
+        return
+    bits = 8 * least / sum(math.prod(weights.shape) for weights in _matrices(source))
+    spared = overrides and _least_bytes(source, ()) < least
+    raise UsageError(
+        f"the smallest types take {math.ceil(100 * bits) / 100:.2f} bits a weight, {least - budget:,} bytes more than "
+        f"there are; give a larger budget{', or leave out --tensor-type' if spared else ''}"
+    )
+
+
+def _least_bytes(source: Source, overrides: Sequence[Override]) -> int:
+    """Of all matrices in their smallest types."""
+    return sum(
+        min(_in_file(source, weights, fmt) for fmt in _choices(weights, overrides)) for weights in _matrices(source)
     )
 
 

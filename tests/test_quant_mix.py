@@ -247,10 +247,22 @@ def test_the_least_budget(tmp_path: Path) -> None:
     source = open_source(tmp_path / "in.gguf")
     least = sum(math.ceil(math.prod(shape) * 18 / 32 / 32) * 32 for shape in matrices(source).values())
     check_budget(source, least)
-    with pytest.raises(UsageError, match=f"take at least {least:,} bytes"):
-        check_budget(source, least - 1)
+    bits = 8 * least / sum(map(math.prod, matrices(source).values()))
+    said = f"smallest types take {math.ceil(bits * 100) / 100:.2f} bits a weight, 1,234 bytes more .* a larger budget$"
+    with pytest.raises(UsageError, match=said):
+        check_budget(source, least - 1234)
+    check_budget(source, budget_of_bits(source, math.ceil(bits * 100) / 100))
     mix = best_mix(source, dict.fromkeys(matrices(source), 1.0), least)
     assert set(mix.values()) == {IQ4_NL}
+
+
+@pytest.mark.parametrize(("override", "spared"), [(".=f32", True), ("ffn_up=q4_0", False)])
+def test_a_budget_that_overrides_use_up(tmp_path: Path, override: str, spared: bool) -> None:
+    """Q4_0 takes no more than the smallest type of narrow rows does."""
+    tiny_gguf(tmp_path / "in.gguf", n_layers=1, **NARROW_MODEL)
+    with pytest.raises(UsageError, match="give a larger budget") as error:
+        check_budget(open_source(tmp_path / "in.gguf"), 1000, [parse_override(override)])
+    assert str(error.value).endswith("or leave out --tensor-type") == spared
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
