@@ -66,8 +66,10 @@ def open_safetensors(path: Path) -> tuple[mmap.mmap, dict[str, Stored]]:
 
 def header_bytes(file: str, start: bytes, n_bytes: int) -> int:
     """The length of the header, from the first 8 of a file's `n_bytes`."""
+    if n_bytes < 8:
+        raise damaged(file, f"its {n_bytes} bytes are too few to tell the length of a header")
     n_header = int.from_bytes(start, "little")
-    if n_bytes < 8 or n_header > min(HEADER_LIMIT, n_bytes - 8):
+    if n_header > min(HEADER_LIMIT, n_bytes - 8):
         raise damaged(file, f"its header of {n_header} bytes goes past its end or {HEADER_LIMIT} bytes")
     return n_header
 

@@ -14,7 +14,7 @@ from checkpoints import safetensors_bytes, stored, write_checkpoint
 from llmq.errors import FileFormatError, LlmqError, UnsupportedError, UsageError
 from quant.checkpoint import open_checkpoint
 from quant.files import locate, parse_json
-from quant.safetensors import open_safetensors, to_float32
+from quant.safetensors import header_bytes, open_safetensors, to_float32
 
 
 def small_tensors(dtype: str = "F32") -> dict[str, tuple[str, np.ndarray]]:
@@ -87,6 +87,15 @@ def test_other_types_are_refused_by_name(tmp_path: Path, dtype: Any) -> None:
         opened(tmp_path, safetensors_bytes(small_tensors(), a=entry(dtype=dtype)))
     assert repr(str(dtype)) in str(error.value)
     assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize("size", [0, 5, 7])
+def test_a_file_too_short_to_have_a_header_says_its_size(tmp_path: Path, size: int) -> None:
+    with pytest.raises(FileFormatError, match=f"its {size} bytes are too few to tell the length of a header"):
+        header_bytes("x.safetensors", SOUND[:size], size)
+    if size:
+        with pytest.raises(FileFormatError, match=f"its {size} bytes are too few"):
+            opened(tmp_path, SOUND[:size])
 
 
 def with_header(raw: bytes, data: bytes = b"") -> bytes:
