@@ -10,6 +10,7 @@ import numpy as np
 from quant.calibrate import HELD, LayerStatistics, plan, run
 from quant.calibration import BORROWED_TOKENS, Calibration
 from quant.feedback import BLOCK, Feedback, prepare
+from quant.recipe import UNTYPED
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,7 @@ class Running:
         self.calibration = Calibration({}, dataset, 0, 0)
 
     def __call__(self, name: str) -> Guide | None:
-        if name.endswith(("_norm.weight", "ffn_gate_inp.weight")):
+        if name.endswith(UNTYPED):
             return None
         while name not in self.calibration.inputs:
             if name.startswith("blk."):

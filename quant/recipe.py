@@ -142,6 +142,9 @@ PRESETS = {
 # Where rows are not whole blocks: the next format, then F16.
 FALLBACKS = {Q2_K: Q4_0, Q3_K: Q4_0, IQ4_XS: IQ4_NL, Q4_K: Q5_0, Q5_K: Q5_1, Q6_K: Q8_0}
 
+# Ends of the names of norms and routers, which stay as they are.
+UNTYPED = ("_norm.weight", "ffn_gate_inp.weight")
+
 _LAYER = re.compile(r"blk\.(\d+)\.(attn_v|attn_k|attn_output|ffn_down|ffn_down_exps)\.weight")
 _TYPES = {fmt.name.lower(): fmt for fmt in FORMATS.values()}
 
@@ -193,7 +196,7 @@ def override_of(name: str, overrides: Sequence[Override]) -> Format | None:
 
 def takes_type(name: str, shape: Shape) -> bool:
     """Whether a tensor is quantized at all; norms and routers are not."""
-    return len(shape) > 1 and not name.endswith(("_norm.weight", "ffn_gate_inp.weight"))
+    return len(shape) > 1 and not name.endswith(UNTYPED)
 
 
 def _describe(shapes: Mapping[str, Shape], calibrated: bool) -> Model:

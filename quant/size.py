@@ -14,7 +14,7 @@ from llmq.errors import UsageError
 from llmq.formats import Format
 from llmq.gguf import GGUF, open_gguf
 from llmq.work import Work, work_per_token
-from quant.recipe import PRESETS, assign
+from quant.recipe import PRESETS, assign, takes_type
 
 TYPICAL, TYPE = "mistral-7b", "q4_k_m"
 # 7B, 22.2B or 350M weights; behind a slash, those that a token uses
@@ -40,7 +40,7 @@ class Size:
 def size_of(config: ModelConfig, kind: str, tensors: Tensors, n_bytes: int | None = None) -> Size:
     """Of a model with these tensors (shape and format by name); `n_bytes` of its file, of the tensors alone if None."""
     in_tensors = sum(math.prod(shape) // fmt.block_size * fmt.block_bytes for shape, fmt in tensors.values())
-    matrices = {name: fmt for name, (shape, fmt) in tensors.items() if len(shape) > 1 and "_gate_inp" not in name}
+    matrices = {name: fmt for name, (shape, fmt) in tensors.items() if takes_type(name, shape)}
     if not config.tied_embeddings:
         del matrices["token_embd.weight"]
     return Size(
