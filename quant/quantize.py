@@ -110,7 +110,7 @@ def quantize(
     metadata = file_metadata(source, preset, words, guided_by, mixed=mix is not None)
     n_threads = threads or _available()
     check_memory(source, n_threads, guides)
-    job = _job(source, preset, guided_by, str(fast))
+    job = _job(source)
     pieces = [piece for weights, spec in zip(tensors, specs, strict=True) for piece in pieces_of(weights, spec)]
     if course := source.course:
         pieces.sort(key=lambda piece: course.place(piece.spec.name, piece.expert))
@@ -133,9 +133,11 @@ def file_metadata(source: Source, preset: str, words: str, guided_by: str, *, mi
     }
 
 
-def _job(source: Source, *settings: str) -> str:
-    """All that the data depends on: the files read, as far as their dates tell, what was asked for, and this code."""
-    return json.dumps([source.identity, settings, CHUNK, source_stamp()])
+def _job(source: Source) -> str:
+    """What the data depends on beside the header, whose receipt tells what was asked for: the files read, as far as
+    their dates tell, and this code.
+    """
+    return json.dumps([source.identity, CHUNK, source_stamp()])
 
 
 def _write(

@@ -283,14 +283,18 @@ def touched(folder: Path) -> None:
     os.utime(folder / "model.safetensors", ns=(status.st_atime_ns, status.st_mtime_ns + 1))
 
 
-@pytest.mark.parametrize("change", ["preset", "date", "weights", "configuration", "code"])
+@pytest.mark.parametrize("change", ["preset", "fast", "guides", "date", "weights", "configuration", "code"])
 def test_another_job_begins_anew(tmp_path: Path, monkeypatch: Any, change: str) -> None:
     write_checkpoint(tmp_path / "model")
     stopped(tmp_path / "model", tmp_path / "out.gguf", "q8_0", 9)
-    preset = "q8_0"
+    settings: dict[str, Any] = {"preset": "q8_0"}
     match change:
         case "preset":
-            preset = "q4_k_m"
+            settings["preset"] = "q4_k_m"
+        case "fast":
+            settings["fast"] = True
+        case "guides":
+            settings["guided_by"] = "0" * 64
         case "date":
             touched(tmp_path / "model")
         case "weights":
@@ -299,7 +303,7 @@ def test_another_job_begins_anew(tmp_path: Path, monkeypatch: Any, change: str) 
             write_checkpoint(tmp_path / "model", rope_theta=5000.0)
         case "code":
             monkeypatch.setattr(module, "source_stamp", lambda: "another version")
-    assert not any(report.resumed for report in run(tmp_path / "model", tmp_path / "out.gguf", preset))
+    assert not any(report.resumed for report in quantize(tmp_path / "model", tmp_path / "out.gguf", **settings))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out.gguf"]
 
 
