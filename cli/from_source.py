@@ -1,6 +1,5 @@
 """llmq pull --from-source: the official weights quantized as they arrive."""
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cli.fit import check_fit, judge_download
+from cli.output import identity
 from cli.progress import content_of
 from cli.published import config_at
 from cli.quantize import follow
@@ -135,14 +135,6 @@ def remember(making: Making) -> None:
     sha256 = content_of(making.path)
     if identity(making.path) == before:  # else it is another process's, and so is its record
         write_record(making.path, sha256, making.origin)
-
-
-def identity(path: Path) -> tuple[int, ...]:
-    """Another one where the file is another one; () where there is none."""
-    if not os.path.lexists(path):
-        return ()
-    status = path.lstat()
-    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def judge(making: Making, context: int | None, *, force: bool) -> None:

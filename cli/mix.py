@@ -44,7 +44,7 @@ class Budget:
 
     @property
     def goal(self) -> str:
-        """In words, for the receipt."""
+        """In words."""
         if self.bits is not None:
             return f"{self.bits:g} bits a weight"
         return f"the bytes of {self.preset}" if self.n_bytes is None else f"{self.n_bytes} bytes"
@@ -52,11 +52,10 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """The formats of all matrices, the preset that the file is named after, and words for its receipt."""
+    """The formats of all matrices, and the preset that the file is named after."""
 
     mix: "dict[str, Format]"
     preset: str
-    remark: str
 
 
 def checked_budget(preset: str, optimize: bool, file_size: str | None, bits: float | None) -> Budget | None:
@@ -88,15 +87,19 @@ def choose_mix(
     from quant.source import open_source
 
     source = open_source(path)
-    remark = f"types chosen to fit {budget.goal}, by sensitivity on {words.name}"
-    n_bytes = bytes_for_matrices(source, budget, knowledge, overrides, remark, fast=fast)
+    n_bytes = bytes_for_matrices(source, budget, knowledge, overrides, remark_of(budget, words), fast=fast)
     check_budget(source, n_bytes, overrides)
     found = sensitivities(path, words.text, tell=show_sensitivity)
     mix = best_mix(source, found, n_bytes, guides=knowledge.guides, overrides=overrides, fast=fast, tell=show_choosing)
     status.clear()
     note(f"matrices get {size(n_bytes)}: {summary(mix)}")
     is_preset = budget.n_bytes is None and budget.bits is None
-    return Chosen(mix, budget.preset if is_preset else nearest_preset(source, mix), remark)
+    return Chosen(mix, budget.preset if is_preset else nearest_preset(source, mix))
+
+
+def remark_of(budget: Budget, words: "Words") -> str:
+    """For the receipt."""
+    return f"types chosen to fit {budget.goal}, by sensitivity on {words.name}"
 
 
 def bytes_for_matrices(

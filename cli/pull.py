@@ -250,15 +250,15 @@ def take_from_elsewhere(target: Target, offer: "Offer", check: Callable[[], None
 
 def take_local(path: Path, name: str | None, kind: str | None, *, force: bool) -> None:
     """A file is imported, a folder quantized."""
-    from cli.quantize import default_out, quantize
+    from cli.output import default_out
+    from cli.quantize import quantize
     from cli.store import import_model
     from quant.size import kind_of
 
     if path.is_dir():
         kind = kind_of(kind or DEFAULT_TYPE)
         target = target_of(name or default_out(path, kind).stem)
-        check_replaced(target, "", force=force)
-        quantize(path, target.path, kind)
+        quantize(path, target.path, kind, force=force)
     elif kind:
         raise UsageError(
             "--type goes with what is fetched or a checkpoint folder; `llmq quantize` changes a file's type"

@@ -2,8 +2,6 @@
 
 import contextlib
 import functools
-import os
-import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
@@ -11,12 +9,11 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from cli.guides import Calibrate, Imatrix, SaveImatrix, Text, check_guides, open_guides, read_words
-from cli.mix import Bpw, Optimize, Size, checked_budget, choose_mix
+from cli.mix import Bpw, Optimize, Size, checked_budget, choose_mix, remark_of
+from cli.output import Making, check_replaced, default_out, in_store, remember
 from cli.progress import show_reports
 from cli.screen import note, one_line, show_compiling, size
-from llmq.errors import UsageError
-from llmq.records import drop_record
-from llmq.store import NAME, make_private, model_path, models_dir
+from llmq.store import models_dir
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
@@ -60,6 +57,7 @@ Report = Annotated[
     typer.Option("--report", metavar="FILE", help="Also write a web page about the result; FILE ends in .html."),
 ]
 Fast = Annotated[bool, typer.Option("--fast", help="Search less: about half the time, a little more error.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace another model of that name.")]
 
 
 def quantize(
@@ -76,6 +74,7 @@ def quantize(
     bpw: Bpw = None,
     fast: Fast = False,
     report: Report = None,
+    force: Force = False,
 ) -> None:
     """Make a GGUF file of a checkpoint, or a smaller one of a GGUF file."""
     from cli.report import check_page, write_page
@@ -84,6 +83,7 @@ def quantize(
     from quant.imatrix import write_imatrix
     from quant.outputs import check_outputs
     from quant.quantize import quantize as quantize_tensors
+    from quant.receipt import settings
     from quant.recipe import parse_override
     from quant.size import kind_of
     from quant.source import open_source
@@ -103,13 +103,16 @@ def quantize(
 
     words = read_words(text) if calibrate or budget else None
     knowledge = open_guides(source, words if calibrate else None, imatrix)
-    mix, remarks = None, list(knowledge.remarks)
+    remarks = [*knowledge.remarks, *([remark_of(budget, words)] if words and budget else ())]
+    making = Making(out, source, label, settings(fast, overrides, remarks), knowledge.sha256)
+    check = functools.partial(check_replaced, making, force=force)
+    check()
+    mix = None
     if words and budget:
         # Guides of its own, since those of a run are given once, layer by layer; they go when it has chosen.
         guides = functools.partial(open_guides, source, words if calibrate else None, imatrix)
         chosen = choose_mix(source, budget, words, guides(), overrides, fast=fast)
         mix, preset = chosen.mix, chosen.preset
-        remarks.append(chosen.remark)
     quantized = quantize_tensors(
         source,
         out,
@@ -120,10 +123,11 @@ def quantize(
         fast=fast,
         mix=mix,
         remarks=remarks,
-        follow=os.path.realpath(out.parent) != os.path.realpath(models_dir()),
+        follow=not in_store(out),
+        held=check,
     )
     done = follow(quantized, f"{one_line(source.name, 40)} to {label}")
-    drop_record(out)  # of a file that was there before
+    remember(making)
     name = out.stem if out.parent == models_dir() else str(out)
     note(f"{size(out.stat().st_size)} written; talk to it: llmq chat {one_line(name)}")
     sys.stdout.write(f"{one_line(str(out), 4096)}\n")
@@ -142,14 +146,3 @@ def follow(quantized: "Iterator[TensorReport]", title: str) -> "list[TensorRepor
     except (KeyboardInterrupt, SystemExit):
         note("stopped; the same command goes on from here")
         raise
-
-
-def default_out(source: Path, label: str) -> Path:
-    """<source>-<label> in the store; a GGUF's name loses the type at its end, so that none is piled on another."""
-    stem = source.absolute().name if source.is_dir() else source.stem
-    stem = re.sub(r"[-.](f16|bf16|f32|fp16|fp32)$", "", stem, flags=re.IGNORECASE)
-    if not NAME.fullmatch(f"{stem}-{label}"):
-        raise UsageError(f"{f'{stem}-{label}'[:70]!a} is not a model name; give the file to write with -o")
-    path = model_path(f"{stem}-{label}")
-    make_private(path.parent)
-    return path

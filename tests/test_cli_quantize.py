@@ -1,0 +1,153 @@
+"""llmq quantize: what it replaces, what it checks before it runs anything, and what it says."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoints import write_checkpoint
+from tiny import tiny_gguf
+
+import quant.sensitivity
+from cli.main import execute
+from llmq.formats import F16
+from llmq.gguf import open_gguf
+from llmq.records import current_record
+from quant.recipe import takes_type
+from quant.source import open_source
+
+TEXT = "The cat sat on the mat, and then the rain came in over the hills and the sea. " * 8
+
+
+@pytest.fixture(autouse=True)
+def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The store, with a model one.gguf in each of the folders a and b, and a text, beside it."""
+    monkeypatch.setenv("LLMQ_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("LLMQ_DEBUG", raising=False)
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate(("a", "b")):
+        Path(name).mkdir()
+        tiny_gguf(Path(name, "one.gguf"), n_layers=1, format=F16, seed=seed)
+    Path("text.txt").write_text(TEXT)
+    return tmp_path / "home" / "models"
+
+
+@pytest.fixture
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quant.sensitivity, "sensitivities", lambda *_, **__: pytest.fail("it was measured"))
+
+
+def llmq(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
+    code = execute([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def made(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> Path:
+    code, out, err = llmq(capsys, "quantize", *arguments)
+    assert code == 0, err
+    return Path(out.rstrip("\n"))
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path, code: int = 2) -> str:
+    """The one line that it says."""
+    got, out, err = llmq(capsys, "quantize", *arguments)
+    assert (got, out, err.count("\n")) == (code, "", 1), err
+    return err
+
+
+# ---- what is replaced
+@pytest.mark.usefixtures("unmeasured")
+def test_another_model_of_the_name_stays(models, capsys) -> None:
+    """Also one that has the same name and settings in its receipt, and none is measured for it."""
+    path = made(capsys, "a/one.gguf")
+    before, record = path.read_bytes(), current_record(path)
+    for words in (["b/one.gguf"], ["a/one.gguf", "--fast"], ["a/one.gguf", "--tensor-type", ".=q8_0"]):
+        said = refused(capsys, *words)
+        assert "there is another model named one-q4_k_m" in said
+        assert "-o" in said
+        assert "--force" in said
+    assert path.read_bytes() == before
+    assert current_record(path) == record
+    for budget in ("--optimize", "--size=1GB", "--bpw=4.5"):
+        label = {"--optimize": "q4_k_m-optimized", "--size=1GB": "1gb", "--bpw=4.5": "4.5bpw"}[budget]
+        (models / f"one-{label}.gguf").write_bytes(b"the only copy of something")
+        assert "there is another model" in refused(capsys, "a/one.gguf", budget)
+        assert (models / f"one-{label}.gguf").read_bytes() == b"the only copy of something"
+
+
+def test_the_same_command_again_replaces_what_it_made(capsys) -> None:
+    for words in ([], ["-q", "q8_0", "--text", "text.txt"], ["-q", "q3_k_m", "--tensor-type", "attn=q8_0"]):
+        path = made(capsys, "a/one.gguf", *words)
+        digest, status = path.read_bytes(), path.stat()
+        assert made(capsys, Path("b", "..", "a", "one.gguf"), *words) == path
+        assert path.read_bytes() == digest
+        assert path.stat().st_ino != status.st_ino or path.stat().st_mtime_ns != status.st_mtime_ns
+
+
+def test_another_calibration_is_another_model(capsys) -> None:
+    """The receipt has the same words, and another sha256."""
+    made(capsys, "a/one.gguf", "-q", "q8_0", "--text", "text.txt")
+    Path("text.txt").write_text(TEXT.replace("cat", "dog"))
+    assert "there is another model" in refused(capsys, "a/one.gguf", "-q", "q8_0", "--text", "text.txt")
+
+
+def test_force_replaces_and_says_what_is_there_now(capsys) -> None:
+    path = made(capsys, "a/one.gguf")
+    before, record = path.read_bytes(), current_record(path)
+    made(capsys, "b/one.gguf", "--force")
+    assert path.read_bytes() != before
+    now = current_record(path)
+    assert now
+    assert record
+    assert now.sha256 != record.sha256
+    assert now.origin.endswith("b/one.gguf, quantized as q4_k_m")
+    assert llmq(capsys, "verify", "one-q4_k_m")[0] == 0
+
+
+def test_what_was_put_in_its_place_stays(models, capsys) -> None:
+    """By hand, of the very size; a link; and what `llmq import` brought."""
+    path = made(capsys, "a/one.gguf")
+    path.write_bytes(b"x" * path.stat().st_size)
+    assert "there is another model" in refused(capsys, "a/one.gguf")
+    path.unlink()
+    path.symlink_to(Path("b/one.gguf").absolute())
+    assert "there is another model" in refused(capsys, "a/one.gguf")
+    assert path.is_symlink()
+    path.unlink()
+    assert llmq(capsys, "import", "b/one.gguf", "--name", "one-q4_k_m")[0] == 0
+    assert "there is another model" in refused(capsys, "a/one.gguf")
+    assert "there is another model" in refused(capsys, "a/one.gguf", "-o", models / "one-q4_k_m.gguf")
+    assert (models / "one-q4_k_m.gguf").samefile("b/one.gguf")
+
+
+def test_a_model_that_came_while_another_was_measured_stays(models, capsys, monkeypatch) -> None:
+    def invented(path: Path, text: str, **options: Any) -> dict[str, float]:
+        del text, options
+        (models / "one-4.5bpw.gguf").write_bytes(b"the only copy of something")
+        return {each.name: 1.0 for each in open_source(path).weights if takes_type(each.name, each.shape)}
+
+    monkeypatch.setattr(quant.sensitivity, "sensitivities", invented)
+    code, out, err = llmq(capsys, "quantize", "a/one.gguf", "--bpw", "4.5", "--fast")
+    assert (code, out) == (2, "")
+    assert "there is another model named one-4.5bpw" in err
+    assert [path.name for path in models.iterdir()] == ["one-4.5bpw.gguf"]
+    assert (models / "one-4.5bpw.gguf").read_bytes() == b"the only copy of something"
+
+
+def test_a_folder_that_is_pulled_again_replaces_what_it_made(capsys) -> None:
+    write_checkpoint(Path("mine"), num_hidden_layers=1)
+    for _ in range(2):
+        assert llmq(capsys, "pull", "./mine", "--name", "it", "--type", "q8_0")[0] == 0
+    write_checkpoint(Path("other"), num_hidden_layers=1)
+    code, _out, err = llmq(capsys, "pull", "./other", "--name", "it", "--type", "q8_0")
+    assert code == 2
+    assert "there is another model named it" in err
+    assert "--name" in err
+
+
+def test_a_file_elsewhere_is_written_over(capsys) -> None:
+    """-o names it; only the store is llmq's to guard."""
+    for source in ("a", "b"):
+        made(capsys, f"{source}/one.gguf", "-o", "out.gguf")
+    with open_gguf(Path("out.gguf")) as gguf:
+        assert gguf.metadata["llmq.source"] == "one.gguf"
