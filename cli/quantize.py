@@ -128,14 +128,14 @@ def quantize(
     )
     done = follow(quantized, f"{one_line(source.name, 40)} to {label}")
     remember(making)
-    name = out.stem if out.parent == models_dir() else str(out)
-    note(f"{size(out.stat().st_size)} written; talk to it: llmq chat {one_line(name)}")
-    sys.stdout.write(f"{one_line(str(out), 4096)}\n")
-    sys.stdout.flush()
     if save_imatrix and isinstance(knowledge.guides, Running):
         write_imatrix(save_imatrix, knowledge.guides.finish())
     if report:
         write_page(report, source, out, done, run=words is not None, calibrated=bool(knowledge.sha256))
+    name = out.stem if out.parent == models_dir() else str(out)
+    note(f"{size(out.stat().st_size)} written; talk to it: llmq chat {one_line(name)}")
+    sys.stdout.write(f"{one_line(str(out), 4096)}\n")  # last, since whoever reads it may have left
+    sys.stdout.flush()
 
 
 def follow(quantized: "Iterator[TensorReport]", title: str) -> "list[TensorReport]":

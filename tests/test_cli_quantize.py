@@ -1,5 +1,6 @@
 """llmq quantize: what it replaces, what it checks before it runs anything, and what it says."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -151,3 +152,15 @@ def test_a_file_elsewhere_is_written_over(capsys) -> None:
         made(capsys, f"{source}/one.gguf", "-o", "out.gguf")
     with open_gguf(Path("out.gguf")) as gguf:
         assert gguf.metadata["llmq.source"] == "one.gguf"
+
+
+# ---- what is said, and when
+def test_all_files_are_there_when_the_reader_of_the_path_is_gone(capsys, monkeypatch) -> None:
+    def write(text: str) -> int:
+        del text
+        raise BrokenPipeError
+
+    monkeypatch.setattr(sys.stdout, "write", write)
+    words = ["--text", "text.txt", "--save-imatrix", "x.im", "--report", "x.html", "-o", "out.gguf"]
+    assert llmq(capsys, "quantize", "a/one.gguf", "--fast", *words)[0] == 141
+    assert all(Path(name).is_file() for name in ("out.gguf", "x.im", "x.html"))
