@@ -133,6 +133,23 @@ def bytes_for_matrices(
     return matrix_budget(source, whole, metadata(max(PRESETS, key=len), remark))
 
 
+def expected_bytes(
+    source: "Source", preset: str, budget: Budget | None, overrides: "Sequence[Override]", *, calibrated: bool
+) -> int:
+    """About what the file takes on disk, known before anything is measured."""
+    from quant.mix import budget_of_bits, file_bytes
+    from quant.recipe import PRESETS, assign
+
+    is_free = budget is not None and (budget.n_bytes is not None or budget.bits is not None)
+    shapes = {weights.name: weights.shape for weights in source.weights}
+    formats = assign(PRESETS["q8_0" if is_free else preset], shapes, overrides=overrides, calibrated=calibrated)
+    most = file_bytes(source, formats, source.metadata)
+    if budget is None or not is_free:
+        return most
+    asked = budget_of_bits(source, budget.bits) if budget.bits is not None else budget.n_bytes
+    return most if asked is None else min(most, asked)
+
+
 def show_sensitivity(step: int, total: int) -> None:
     status.show("measuring sensitivity", f"step {step} of {total}")
 

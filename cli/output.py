@@ -2,11 +2,18 @@
 
 import os
 import re
+import shutil
+import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from cli.progress import content_of
-from llmq.errors import UsageError
+from cli.screen import size
+from llmq.errors import BusyError, ResourceError, UsageError, quoted
+from llmq.files import allocated_bytes, explained
+from llmq.locks import is_held
+from llmq.part import part_paths
 from llmq.records import current_record, drop_record, write_record
 from llmq.store import NAME, make_private, model_path, models_dir
 
@@ -41,6 +48,37 @@ def default_out(source: Path, label: str) -> Path:
 
 def in_store(path: Path) -> bool:
     return os.path.realpath(path.parent) == os.path.realpath(models_dir())
+
+
+def check_folders(outputs: Sequence[Path]) -> None:
+    """UsageError where no file can be made in the folder of one of them: only making one tells."""
+    for path in outputs:
+        with explained(path):
+            tempfile.TemporaryFile(dir=_written(path).parent).close()
+
+
+def check_room(out: Path, n_bytes: int) -> None:
+    """ResourceError where the disk has no room for `n_bytes` of `out`."""
+    parts = part_paths(_written(out))
+    with explained(out):
+        free = shutil.disk_usage(parts[0].parent).free
+    there = sum(map(allocated_bytes, parts))
+    if free + there < n_bytes:
+        raise ResourceError(
+            f"{quoted(out.name)} takes {size(n_bytes - there)} more of disk and {size(free)} is free; make room or "
+            "give another folder with -o"
+        )
+
+
+def check_idle(out: Path) -> None:
+    """BusyError where a process is writing `out`, which writing it would say only when much has been run."""
+    if is_held(part_paths(_written(out))[0]):
+        raise BusyError(f"cannot write {quoted(str(out), 120)}", 0)
+
+
+def _written(path: Path) -> Path:
+    """The file that is replaced: of a link in the store itself, elsewhere what it leads to."""
+    return path if in_store(path) else Path(os.path.realpath(path))
 
 
 def check_replaced(making: Making, *, force: bool) -> None:

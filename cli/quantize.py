@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from cli.guides import Calibrate, Imatrix, SaveImatrix, Text, check_guides, open_guides, read_words
-from cli.mix import Bpw, Optimize, Size, checked_budget, choose_mix, remark_of
-from cli.output import Making, check_replaced, default_out, in_store, remember
+from cli.mix import Bpw, Optimize, Size, checked_budget, choose_mix, expected_bytes, remark_of
+from cli.output import Making, check_folders, check_idle, check_replaced, check_room, default_out, in_store, remember
 from cli.progress import show_reports
 from cli.screen import note, one_line, show_compiling, size
 from llmq.store import models_dir
@@ -97,8 +97,10 @@ def quantize(
     out = out or default_out(source, label)
     if report:
         check_page(report)
-    read = [*open_source(source).files, *(Path(name) for name in (text, imatrix) if name)]
-    check_outputs([path for path in (out, save_imatrix, report) if path], read)
+    opened = open_source(source)
+    outputs = [path for path in (out, save_imatrix, report) if path]
+    check_outputs(outputs, [*opened.files, *(Path(name) for name in (text, imatrix) if name)])
+    check_folders(outputs)
     compile_log.listener = show_compiling
 
     words = read_words(text) if calibrate or budget else None
@@ -107,8 +109,10 @@ def quantize(
     making = Making(out, source, label, settings(fast, overrides, remarks), knowledge.sha256)
     check = functools.partial(check_replaced, making, force=force)
     check()
+    check_room(out, expected_bytes(opened, preset, budget, overrides, calibrated=bool(knowledge.sha256)))
     mix = None
     if words and budget:
+        check_idle(out)
         # Guides of its own, since those of a run are given once, layer by layer; they go when it has chosen.
         guides = functools.partial(open_guides, source, words if calibrate else None, imatrix)
         chosen = choose_mix(source, budget, words, guides(), overrides, fast=fast)

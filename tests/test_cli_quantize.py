@@ -1,7 +1,11 @@
 """llmq quantize: what it replaces, what it checks before it runs anything, and what it says."""
 
+import os
+import re
+import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,8 +14,10 @@ from tiny import tiny_gguf
 
 import quant.sensitivity
 from cli.main import execute
+from cli.mix import checked_budget, expected_bytes
 from llmq.formats import F16
 from llmq.gguf import open_gguf
+from llmq.locks import hold
 from llmq.records import current_record
 from quant.recipe import takes_type
 from quant.source import open_source
@@ -152,6 +158,45 @@ def test_a_file_elsewhere_is_written_over(capsys) -> None:
         made(capsys, f"{source}/one.gguf", "-o", "out.gguf")
     with open_gguf(Path("out.gguf")) as gguf:
         assert gguf.metadata["llmq.source"] == "one.gguf"
+
+
+# ---- what is refused before anything is run
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="a folder that nobody can write to")
+@pytest.mark.parametrize("option", ["-o", "--report", "--save-imatrix"])
+@pytest.mark.usefixtures("unmeasured")
+def test_an_output_that_cannot_be_made(capsys, option) -> None:
+    before = sorted(Path().rglob("*"))
+    words = ["-o", "out.gguf", option, "/proc/x.html", "--calibrate", "--bpw", "5"]
+    assert "cannot write '/proc/x.html'" in refused(capsys, "a/one.gguf", *words)
+    assert sorted(path for path in Path().rglob("*") if "home" not in path.parts) == before
+
+
+@pytest.mark.parametrize("words", [["-q", "q8_0"], ["--bpw", "5"], ["--size", "600kB"], ["--optimize"]])
+@pytest.mark.usefixtures("unmeasured")
+def test_a_disk_that_is_full(models, capsys, monkeypatch, words) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=54_321))
+    said = refused(capsys, "a/one.gguf", *words, code=3)
+    assert re.search(r"takes [5-9]\d\d\.\d kB more of disk and 54\.3 kB is free; make room", said)
+    assert not list(models.iterdir())
+
+
+def test_room_is_what_the_file_takes(capsys, monkeypatch) -> None:
+    """The size that is asked for may be more than any type takes."""
+    n_bytes = made(capsys, "a/one.gguf", "-q", "q8_0").stat().st_size
+    for free, code in ((n_bytes, 0), (n_bytes - 1000, 3)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        assert llmq(capsys, "quantize", "a/one.gguf", "-q", "q8_0", "-o", f"{code}.gguf")[0] == code
+    source = open_source(Path("a/one.gguf"))
+    budget = checked_budget("q4_k_m", False, "999TB", None)
+    assert expected_bytes(source, "q4_k_m", budget, [], calibrated=False) <= n_bytes
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_a_file_that_is_being_written(capsys) -> None:
+    descriptor = hold(Path("out.gguf.part"))
+    assert descriptor is not None
+    assert "is writing it; wait for it to end" in refused(capsys, "a/one.gguf", "-o", "out.gguf", "--bpw", "5")
+    os.close(descriptor)
 
 
 # ---- what is said, and when
