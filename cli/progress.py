@@ -27,28 +27,39 @@ def show_reports(reports: "Iterator[TensorReport]", title: str) -> "list[TensorR
             note(describe(report))
             done.append(report)
         return done
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    # The tensor's name comes from a file: markup stays off for it.
-    columns = (
-        TextColumn("{task.fields[title]}", markup=False),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}", markup=False),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=None, title=title)
+    with tensor_bar() as progress:
+        task = progress.add_task("", total=None, title=title, count="")
         status.bar = lambda line: progress.update(task, description=line)
         try:
             for report in reports:
-                progress.update(task, completed=report.index + 1, total=report.total, description=describe(report))
+                n_done = report.index + 1
+                count = f"{n_done}/{report.total}"
+                progress.update(task, completed=n_done, total=report.total, count=count, description=shortly(report))
                 done.append(report)
         finally:
             status.bar = None
     return done
+
+
+def tensor_bar() -> "Bar":
+    """Tensors and times; what is said of one has the room that is left in the line, and is cut first."""
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+    from rich.table import Column
+
+    # Names come from files: markup stays off for them.
+    return Bar(
+        TextColumn("{task.fields[title]}", markup=False, table_column=Column(max_width=22, no_wrap=True)),
+        BarColumn(8),
+        TextColumn("{task.fields[count]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}", markup=False, table_column=Column(ratio=1, no_wrap=True)),
+        console=Console(stderr=True),
+        transient=True,
+        expand=True,
+    )
 
 
 @contextlib.contextmanager
@@ -86,6 +97,11 @@ def _byte_bar() -> "Bar":
         console=Console(stderr=True),
         transient=True,
     )
+
+
+def shortly(report: "TensorReport") -> str:
+    """blk.1.ffn_up_exps Q4_K"""
+    return f"{one_line(report.name.removesuffix('.weight'), 64)} {report.format.name}"
 
 
 def describe(report: "TensorReport") -> str:

@@ -1,24 +1,29 @@
 """llmq quantize: what it replaces, what it checks before it runs anything, and what it says."""
 
+import io
 import os
 import re
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from checkpoints import write_checkpoint
+from rich.progress import Progress
 from tiny import tiny_gguf
 
 import quant.sensitivity
+from cli import progress
 from cli.main import execute
 from cli.mix import checked_budget, expected_bytes
-from llmq.formats import F16
+from llmq.formats import F16, Q4_K
 from llmq.gguf import open_gguf
 from llmq.locks import hold
 from llmq.records import current_record
+from quant.pieces import TensorReport
 from quant.recipe import takes_type
 from quant.source import open_source
 
@@ -209,3 +214,41 @@ def test_all_files_are_there_when_the_reader_of_the_path_is_gone(capsys, monkeyp
     words = ["--text", "text.txt", "--save-imatrix", "x.im", "--report", "x.html", "-o", "out.gguf"]
     assert llmq(capsys, "quantize", "a/one.gguf", "--fast", *words)[0] == 141
     assert all(Path(name).is_file() for name in ("out.gguf", "x.im", "x.html"))
+
+
+class Screen(io.StringIO):
+    """A terminal of 80 columns that remembers all that was written."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_the_bar_has_its_room(monkeypatch) -> None:
+    screen = Screen()
+    for name, value in {"COLUMNS": "80", "LINES": "24", "TERM": "xterm", "NO_COLOR": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "stderr", screen)
+    shown: list[str] = []
+    bars: list[Progress] = []
+    make = progress.tensor_bar
+    monkeypatch.setattr(progress, "tensor_bar", lambda: bars.append(make()) or bars[0])
+
+    def reports() -> Iterator[TensorReport]:
+        bar_seen()
+        for i in range(1000, 1003):
+            name = "blk.31.ffn_gate_exps.weight"
+            yield TensorReport(name, (8, 14336, 4096), "BF16", Q4_K, 10**9, i, 1003, 0.06, False)
+            bar_seen()
+
+    def bar_seen() -> None:
+        """The line as it is after what was told last."""
+        bars[0].refresh()
+        shown.append(re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue()).split("\r")[-1].rstrip("\n"))
+
+    assert len(progress.show_reports(reports(), "Mixtral-8x7B-Instruct-v0.1 to q4_k_m")) == 3
+    assert all(len(line) <= 80 and "\n" not in line for line in shown)
+    assert "None" not in shown[0]
+    assert "/" not in shown[0]
+    for count, line in zip(("1001/1003", "1002/1003", "1003/1003"), shown[1:], strict=True):
+        times = r"\d:\d\d:\d\d \S:\S\S:\S\S"
+        assert re.match(rf"Mixtral-8x7B-Instruct\S \S{{8}} {count} {times} blk\.31\.ffn_gate_exps", line), line
