@@ -2,20 +2,25 @@
 
 import os
 import re
+import shlex
 import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cli.progress import content_of
-from cli.screen import size
-from llmq.errors import BusyError, ResourceError, UsageError, quoted
+from cli.screen import one_line, size
+from llmq.errors import BusyError, FileFormatError, ResourceError, UnsupportedError, UsageError, quoted
 from llmq.files import allocated_bytes, explained
 from llmq.locks import is_held
 from llmq.part import part_paths
 from llmq.records import current_record, drop_record, write_record
-from llmq.store import NAME, make_private, model_path, models_dir
+from llmq.store import BUNDLED, NAME, SUFFIX, make_private, model_path, models_dir
+
+if TYPE_CHECKING:
+    from quant.source import Source
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,3 +128,29 @@ def identity(path: Path) -> tuple[int, ...]:
         return ()
     status = path.lstat()
     return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def why_not_run(source: "Source") -> str:
+    """Why llmq cannot run what is made of it, though others may; "" where it can."""
+    from llmq.formats import F32
+    from llmq.gguf import GGUF, TensorInfo
+    from llmq.supported import check_supported
+
+    tensors = {weights.name: TensorInfo(weights.name, weights.shape, F32, 0, 0) for weights in source.weights}
+    try:
+        check_supported(GGUF(Path(source.name), source.metadata, tensors, None))
+    except (FileFormatError, UnsupportedError) as error:
+        return str(error)
+    return ""
+
+
+def chat_command(path: Path) -> str:
+    """What to type to talk to a model that lies there."""
+    named = path.parent == models_dir() and path.suffix == SUFFIX and NAME.fullmatch(path.stem)
+    if named and path.stem != BUNDLED:
+        return f"llmq chat {path.stem}"
+    text = str(path)
+    # Without a separator it would be a name, and with a dash in front an option.
+    if text.startswith("-") or (path.name == text and path.suffix != SUFFIX):
+        text = os.path.join(os.curdir, text)  # noqa: PTH118 - a Path drops the dot
+    return f"llmq chat {shlex.quote(one_line(text, 4096))}"

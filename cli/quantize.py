@@ -10,10 +10,20 @@ import typer
 
 from cli.guides import Calibrate, Imatrix, SaveImatrix, Text, check_guides, open_guides, read_words
 from cli.mix import Bpw, Optimize, Size, checked_budget, choose_mix, expected_bytes, remark_of
-from cli.output import Making, check_folders, check_idle, check_replaced, check_room, default_out, in_store, remember
+from cli.output import (
+    Making,
+    chat_command,
+    check_folders,
+    check_idle,
+    check_replaced,
+    check_room,
+    default_out,
+    in_store,
+    remember,
+    why_not_run,
+)
 from cli.progress import show_reports
 from cli.screen import note, one_line, show_compiling, size
-from llmq.store import models_dir
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
@@ -110,6 +120,8 @@ def quantize(
     check = functools.partial(check_replaced, making, force=force)
     check()
     check_room(out, expected_bytes(opened, preset, budget, overrides, calibrated=bool(knowledge.sha256)))
+    if trouble := why_not_run(opened):
+        note(f"{one_line(trouble)}; what is made is for other programs")
     mix = None
     if words and budget:
         check_idle(out)
@@ -136,8 +148,7 @@ def quantize(
         write_imatrix(save_imatrix, knowledge.guides.finish())
     if report:
         write_page(report, source, out, done, run=words is not None, calibrated=bool(knowledge.sha256))
-    name = out.stem if out.parent == models_dir() else str(out)
-    note(f"{size(out.stat().st_size)} written; talk to it: llmq chat {one_line(name)}")
+    note(f"{size(out.stat().st_size)} written{'' if trouble else f'; talk to it: {chat_command(out)}'}")
     sys.stdout.write(f"{one_line(str(out), 4096)}\n")  # last, since whoever reads it may have left
     sys.stdout.flush()
 

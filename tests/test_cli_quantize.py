@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from llmq.formats import F16, Q4_K
 from llmq.gguf import open_gguf
 from llmq.locks import hold
 from llmq.records import current_record
+from llmq.store import resolve
 from quant.pieces import TensorReport
 from quant.recipe import takes_type
 from quant.source import open_source
@@ -252,3 +254,38 @@ def test_the_bar_has_its_room(monkeypatch) -> None:
     for count, line in zip(("1001/1003", "1002/1003", "1003/1003"), shown[1:], strict=True):
         times = r"\d:\d\d:\d\d \S:\S\S:\S\S"
         assert re.match(rf"Mixtral-8x7B-Instruct\S \S{{8}} {count} {times} blk\.31\.ffn_gate_exps", line), line
+
+
+@pytest.mark.parametrize(
+    "name", ["model.bin", "dang2", "-", "-x.gguf", "sp ace/a b.gguf", "plain.gguf", "-d/x", "it's"]
+)
+def test_what_is_said_to_type_works(capsys, name) -> None:
+    Path("sp ace").mkdir()
+    Path("-d").mkdir()
+    code, out, err = llmq(capsys, "quantize", "a/one.gguf", "--fast", f"--out={name}")
+    assert (code, out) == (0, f"{name}\n"), err
+    _, command, model = shlex.split(err.splitlines()[-1].partition("talk to it: ")[2])
+    assert command == "chat"
+    assert resolve(model).samefile(name)
+    assert llmq(capsys, "show", model)[0] == 0
+
+
+def test_models_of_the_store_are_talked_to_by_name(models, capsys) -> None:
+    assert llmq(capsys, "quantize", "a/one.gguf")[2].endswith("talk to it: llmq chat one-q4_k_m\n")
+    err = llmq(capsys, "quantize", "a/one.gguf", "-o", models / "storyteller.gguf")[2]
+    assert err.endswith(f"talk to it: llmq chat {models / 'storyteller.gguf'}\n")
+
+
+def test_what_cannot_be_run_here_is_said_first(capsys) -> None:
+    write_checkpoint(Path("odd"), num_hidden_layers=1, hidden_size=80, num_attention_heads=5, head_dim=16,
+                     num_key_value_heads=1)  # fmt: skip
+    code, _out, err = llmq(capsys, "quantize", "odd", "-q", "f16")
+    assert code == 0
+    assert (
+        "llmq cannot run 'odd': its width size is 80, not a multiple of 32; what is made is for" in err.splitlines()[0]
+    )
+    assert "chat" not in err
+    write_checkpoint(Path("even"), num_hidden_layers=1)
+    err = llmq(capsys, "quantize", "even", "-q", "f16")[2]
+    assert "cannot run" not in err
+    assert "llmq chat even-f16" in err
