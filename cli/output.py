@@ -1,10 +1,12 @@
 """Where llmq quantize writes: a place by default, and a model of the store that is replaced only by its like."""
 
+import math
 import os
 import re
 import shlex
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,6 +144,20 @@ def why_not_run(source: "Source") -> str:
     except (FileFormatError, UnsupportedError) as error:
         return str(error)
     return ""
+
+
+def quantized_type(source: "Source") -> str:
+    """The type that most weights of a source are quantized to; "" where they are what the model was published with."""
+    from llmq.formats import FORMATS
+    from quant.recipe import takes_type
+
+    matrices = [weights for weights in source.weights if takes_type(weights.name, weights.shape)]
+    quantized = {fmt.name for fmt in FORMATS.values() if fmt.block_size > 1}
+    counts: Counter[str] = Counter()
+    for weights in matrices:
+        counts[weights.source] += math.prod(weights.shape) if weights.source in quantized else 0
+    kind, count = counts.most_common(1)[0]
+    return kind if count else ""
 
 
 def chat_command(path: Path) -> str:

@@ -19,6 +19,7 @@ from cli.output import (
     check_room,
     default_out,
     in_store,
+    quantized_type,
     remember,
     why_not_run,
 )
@@ -116,10 +117,14 @@ def quantize(
     words = read_words(text) if calibrate or budget else None
     knowledge = open_guides(source, words if calibrate else None, imatrix)
     remarks = [*knowledge.remarks, *([remark_of(budget, words)] if words and budget else ())]
+    if was := quantized_type(opened):
+        remarks.insert(0, f"from weights that were {was}")
     making = Making(out, source, label, settings(fast, overrides, remarks), knowledge.sha256)
     check = functools.partial(check_replaced, making, force=force)
     check()
     check_room(out, expected_bytes(opened, preset, budget, overrides, calibrated=bool(knowledge.sha256)))
+    if was:
+        note(f"{one_line(source.name, 60)} is {was} already: errors are measured against its weights as they are")
     if trouble := why_not_run(opened):
         note(f"{one_line(trouble)}; what is made is for other programs")
     mix = None

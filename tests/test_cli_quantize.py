@@ -20,7 +20,7 @@ import quant.sensitivity
 from cli import progress
 from cli.main import execute
 from cli.mix import checked_budget, expected_bytes
-from llmq.formats import F16, Q4_K
+from llmq.formats import F16, Q4_K, Q8_0
 from llmq.gguf import open_gguf
 from llmq.locks import hold
 from llmq.records import current_record
@@ -289,3 +289,15 @@ def test_what_cannot_be_run_here_is_said_first(capsys) -> None:
     err = llmq(capsys, "quantize", "even", "-q", "f16")[2]
     assert "cannot run" not in err
     assert "llmq chat even-f16" in err
+
+
+def test_what_is_quantized_already_is_said(capsys) -> None:
+    tiny_gguf(Path("small.gguf"), n_layers=1, format={"attn_v.weight": F16, "attn_k.weight": Q4_K, "": Q8_0})
+    code, _out, err = llmq(capsys, "quantize", "small.gguf", "-q", "q6_k", "-o", "out.gguf")
+    assert code == 0
+    assert err.splitlines()[0] == "small.gguf is Q8_0 already: errors are measured against its weights as they are"
+    with open_gguf(Path("out.gguf")) as gguf:
+        assert gguf.metadata["llmq.settings"] == "thorough; from weights that were Q8_0"
+    assert "already" not in llmq(capsys, "quantize", "a/one.gguf", "-o", "out.gguf")[2]
+    with open_gguf(Path("out.gguf")) as gguf:
+        assert gguf.metadata["llmq.settings"] == "thorough"
