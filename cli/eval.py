@@ -3,9 +3,10 @@
 import contextlib
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -67,10 +68,17 @@ def evaluate(
     status.clear()
     if json_output:
         head = {"model": stems[0], "against": stems[1] if against is not None else None, "ctx": ctx}
-        json.dump(head | dataclasses.asdict(found), sys.stdout)
+        json.dump(head | finite(dataclasses.asdict(found)), sys.stdout, allow_nan=False)
         sys.stdout.write("\n")
     else:
         sys.stdout.write("\n\n".join(map(table, tables(found, stems, ctx))) + "\n")
+
+
+def finite(found: Any) -> Any:
+    """Figures with None for what is not finite, which JSON has no number for."""
+    if isinstance(found, dict):
+        return {key: finite(value) for key, value in found.items()}
+    return None if isinstance(found, float) and not math.isfinite(found) else found
 
 
 def measure(models: "list[Model]", text: str, n_ctx: int) -> "Evaluation":

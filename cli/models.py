@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+import textwrap
 import time
 from collections import Counter
 from pathlib import Path
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from llmq.gguf import GGUF
 
 DAY = 86_400
+# Of what a file says of itself: characters in a line, and altogether.
+WIDTH, TEXT_LIMIT = 100, 20_000
 
 Available = Annotated[
     bool, typer.Option("--available", "--all", "-a", help="List the published models that can be fetched instead.")
@@ -112,9 +115,16 @@ def show(model: options.ModelName = BUNDLED) -> None:
         config = read_config(gguf)
         check_tensors(gguf, config)
         rows = [("file", one_line(str(path), 4096)), ("size", size(path.stat().st_size)), *describe(gguf, config)]
-        rows += [(label, one_line(text)) for label, text in describe_receipt(gguf.metadata)]
+        for label, text in describe_receipt(gguf.metadata):
+            rows += wrapped(label, text)
     rows += describe_record(path)
     sys.stdout.write(table(rows) + "\n")
+
+
+def wrapped(label: str, text: str) -> list[tuple[str, str]]:
+    """As many rows as the text takes; the label is in the first."""
+    first, *rest = textwrap.wrap(one_line(text, TEXT_LIMIT), WIDTH) or [""]
+    return [(label, first), *(("", line) for line in rest)]
 
 
 def describe(gguf: "GGUF", config: "ModelConfig") -> list[tuple[str, str]]:

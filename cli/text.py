@@ -14,7 +14,9 @@ def read_text(name: str) -> str:
     try:
         with contextlib.nullcontext(sys.stdin.buffer) if name == "-" else Path(name).open("rb") as file:
             raw = file.read(TEXT_LIMIT + 1)
-    except (FileNotFoundError, IsADirectoryError):
+    except IsADirectoryError:
+        raise UsageError(f"{name[:100]!a} is a folder; --text takes the path of a text, or - for stdin") from None
+    except FileNotFoundError:
         raise UsageError(f"there is no file {name[:100]!a}; --text takes the path of a text, or - for stdin") from None
     where = "stdin" if name == "-" else f"{Path(name).name[:70]!a}"
     if len(raw) > TEXT_LIMIT:

@@ -93,6 +93,15 @@ def test_json_and_the_tables_say_the_same(model, reference, text, capsys) -> Non
     assert [float(nats) for _, nats in spread[1:]] == pytest.approx(list(found["kl_quantiles"].values()), abs=6e-6)
 
 
+def test_json_has_no_number_for_what_is_not_finite(model, text, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(ev, "LARGEST_EXPONENT", 0.0)
+    code, out, err = llmq(capsys, model, "--text", text, "--ctx", "64", "--json")
+    assert code == 0, err
+    found = json.loads(out, parse_constant=lambda name: pytest.fail(name))
+    assert found["perplexity"]["value"] is None
+    assert found["n_tokens"] > 0
+
+
 def test_stdin_is_a_text_too(model, text, capsys, monkeypatch) -> None:
     from_file = llmq(capsys, model, "--text", text, "--json")[1]
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(TEXT.encode())))
@@ -132,6 +141,12 @@ def test_texts_that_are_refused(model, tmp_path, capsys, raw, said) -> None:
     assert said in err
     assert err.splitlines()[-1].startswith("llmq: ")
     assert "\x1b" not in err
+
+
+def test_a_folder_is_no_text(model, tmp_path, capsys) -> None:
+    code, out, err = llmq(capsys, model, "--text", tmp_path)
+    assert (code, out) == (2, "")
+    assert "is a folder; --text takes the path of a text" in err
 
 
 def test_models_that_are_refused(model, text, tiny_model, capsys) -> None:

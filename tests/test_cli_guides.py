@@ -159,7 +159,7 @@ REFUSED = [
     (["--text", "hi.txt"], 2, "of the 32 tokens that it needs; give a longer one"),
     (["--text", "latin.txt"], 2, "'latin.txt' is not UTF-8 text (byte 3)"),
     (["--text", "absent.txt"], 2, "there is no file 'absent.txt'"),
-    (["--text", "."], 2, "there is no file '.'"),
+    (["--text", "."], 2, "'.' is a folder"),
     (["--text", "long.txt"], 2, "more than 16 MiB"),
     (["--imatrix", "absent.gguf"], 2, "cannot open"),
     (["--imatrix", "text.txt"], 4, "'text.txt'"),

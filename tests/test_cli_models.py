@@ -120,6 +120,21 @@ def test_show_states_the_shape(models, capsys) -> None:
     assert shown["tensors"] == "16 Q4_K, 7 F32"
 
 
+def test_show_has_all_of_how_a_file_was_made(tmp_path, capsys) -> None:
+    tiny_gguf(tmp_path / "a.gguf", n_layers=1, format=F16)
+    types = [f"blk.0.attn_{role}=q8_0" for role in ("q", "k", "v", "output")] * 6
+    words = [word for each in types for word in ("--tensor-type", each)]
+    assert llmq(capsys, "quantize", tmp_path / "a.gguf", "--fast", *words)[0] == 0
+    code, out, _ = llmq(capsys, "show", "a-q4_k_m")
+    assert code == 0
+    lines = out.splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("made as"))
+    last = next(i for i, line in enumerate(lines) if i > first and not line.startswith(" "))
+    made_as = " ".join(line.removeprefix("made as").strip() for line in lines[first:last])
+    assert made_as == f"q4_k_m, fast; {'; '.join(types)}"
+    assert max(map(len, lines[first:last])) < 120
+
+
 def test_what_a_file_says_of_itself_cannot_act_on_the_terminal(models, capsys) -> None:
     plain = models / "plain.gguf"
     tiny_gguf(plain, format=Q8_0)
