@@ -11,7 +11,7 @@ from pathlib import Path
 from llmq.catalog import CatalogEntry, catalog, find_entry
 from llmq.config import ModelConfig, tensor_shapes
 from llmq.errors import UsageError
-from llmq.formats import Format
+from llmq.formats import FORMATS, Format
 from llmq.gguf import GGUF, open_gguf
 from llmq.work import Work, work_per_token
 from quant.recipe import PRESETS, assign, takes_type
@@ -126,7 +126,9 @@ def kind_of(text: str) -> str:
     """A type by its name in any case. Raises UsageError."""
     kind = text.lower().replace("fp", "f")
     if kind not in PRESETS:
-        raise UsageError(f"there is no type {text[:40]!a}; there are {', '.join(PRESETS)}")
+        is_format = kind in {fmt.name.lower() for fmt in FORMATS.values()}
+        hint = f", and for tensors `llmq quantize --tensor-type '.={kind}'`" if is_format else ""
+        raise UsageError(f"there is no type {text[:40]!a}; there are {', '.join(PRESETS)}{hint}")
     return kind
 
 

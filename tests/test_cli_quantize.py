@@ -206,6 +206,17 @@ def test_a_file_that_is_being_written(capsys) -> None:
     os.close(descriptor)
 
 
+@pytest.mark.parametrize("kind", ["q4_0", "Q4_1", "q5_0", "q5_1", "q4_k"])
+def test_a_type_of_tensors_is_no_type_of_models(capsys, kind) -> None:
+    words = ["--tensor-type", f".={kind.lower()}"]
+    said = refused(capsys, "a/one.gguf", "-q", kind)
+    assert f"`llmq quantize {words[0]} '{words[1]}'`" in said
+    with open_gguf(made(capsys, "a/one.gguf", "--fast", *words)) as gguf:
+        quantized = {info.format.name for info in gguf.tensors.values() if len(info.shape) > 1}
+    assert quantized == {kind.upper()}
+    assert "--tensor-type" not in refused(capsys, "a/one.gguf", "-q", "q4_9")
+
+
 # ---- what is said, and when
 def test_all_files_are_there_when_the_reader_of_the_path_is_gone(capsys, monkeypatch) -> None:
     def write(text: str) -> int:
