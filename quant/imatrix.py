@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 
 from llmq.errors import FileFormatError
+from llmq.files import explained
 from llmq.formats import F32
 from llmq.gguf import GGUF, GGUFWriter, TensorSpec, open_gguf, quoted
+from llmq.gguf_header import MAGIC
 from quant.calibration import Calibration, Inputs
 
 SUMS, COUNTS = ".in_sum2", ".counts"
@@ -47,6 +49,7 @@ def read_imatrix(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Calibrati
     not read. Raises UsageError where there is no such file, FileFormatError where it is damaged, is something else, or
     was made for another model.
     """
+    _check_form(path)
     with open_gguf(path) as gguf:
         if gguf.metadata.get("general.type") != "imatrix":
             raise FileFormatError(
@@ -58,6 +61,19 @@ def read_imatrix(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Calibrati
                 raise _misfit(gguf, f"it has nothing about {name}")
         inputs = {name: _read_inputs(gguf, name, shapes) for name in names}
         return Calibration(inputs, _dataset(gguf), _integer(gguf, CHUNK_COUNT), _integer(gguf, CHUNK_SIZE))
+
+
+def _check_form(path: Path) -> None:
+    """FileFormatError for llama.cpp's form from before GGUF, or anything else that is a file."""
+    if not path.is_file():
+        return
+    with explained(path, "read"), path.open("rb") as file:
+        if file.read(len(MAGIC)) == MAGIC:
+            return
+    raise FileFormatError(
+        f"{quoted(path.name)} is not an importance matrix in llama.cpp's GGUF form, which is needed; "
+        "`llama-imatrix --in-file OLD -o NEW.gguf` converts the form from before"
+    )
 
 
 def _read_inputs(gguf: GGUF, name: str, shapes: Mapping[str, tuple[int, ...]]) -> Inputs:

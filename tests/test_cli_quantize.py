@@ -217,6 +217,13 @@ def test_a_type_of_tensors_is_no_type_of_models(capsys, kind) -> None:
     assert "--tensor-type" not in refused(capsys, "a/one.gguf", "-q", "q4_9")
 
 
+# ---- what guides it
+def test_an_importance_matrix_of_another_form(capsys) -> None:
+    Path("old.dat").write_bytes(b"\x20\0\0\0" + bytes(100))
+    said = refused(capsys, "a/one.gguf", "--imatrix", "old.dat", code=4)
+    assert "'old.dat' is not an importance matrix in llama.cpp's GGUF form" in said
+
+
 # ---- what is said, and when
 def test_all_files_are_there_when_the_reader_of_the_path_is_gone(capsys, monkeypatch) -> None:
     def write(text: str) -> int:
