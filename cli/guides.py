@@ -19,7 +19,11 @@ Calibrate = Annotated[
 ]
 Text = Annotated[
     str | None,
-    typer.Option("--text", metavar="FILE", help="The text for --calibrate.  [default: one that comes with llmq]"),
+    typer.Option(
+        "--text",
+        metavar="FILE",
+        help="The text that is read for --calibrate, --optimize, --size or --bpw.  [default: one that comes with llmq]",
+    ),
 ]
 Imatrix = Annotated[
     Path | None,
@@ -46,11 +50,14 @@ class Knowledge:
     remarks: tuple[str, ...]
 
 
-def check_guides(calibrate: bool, imatrix: Path | None, save_imatrix: Path | None) -> None:
-    if calibrate and imatrix:
-        raise UsageError("--calibrate and --imatrix are two sources for one thing; give one of them")
-    if save_imatrix and not calibrate:
+def checked_guides(calibrate: bool, text: str | None, imatrix: Path | None, save_imatrix: Path | None) -> bool:
+    """Whether there is to be a calibration: --calibrate asks for one, or a `text` that is for nothing else."""
+    asked = "--calibrate" if calibrate else "--text" if text is not None else ""
+    if asked and imatrix:
+        raise UsageError(f"{asked} and --imatrix are two sources for one thing; give one of them")
+    if save_imatrix and not asked:
         raise UsageError("--save-imatrix keeps what a calibration saw; add --calibrate")
+    return bool(asked)
 
 
 def read_words(text: str | None) -> Words:

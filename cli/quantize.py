@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from cli.guides import Calibrate, Imatrix, SaveImatrix, Text, check_guides, open_guides, read_words
+from cli.guides import Calibrate, Imatrix, SaveImatrix, Text, checked_guides, open_guides, read_words
 from cli.mix import Bpw, Optimize, Size, checked_budget, choose_mix, expected_bytes, remark_of
 from cli.output import (
     Making,
@@ -102,8 +102,7 @@ def quantize(
     preset = kind_of(preset)
     overrides = [parse_override(text) for text in tensor_type or ()]
     budget = checked_budget(preset, optimize, file_size, bpw)
-    calibrate = calibrate or text is not None
-    check_guides(calibrate, imatrix, save_imatrix)
+    calibrate = checked_guides(calibrate, text if not budget else None, imatrix, save_imatrix)
     label = budget.label if budget else preset
     out = out or default_out(source, label)
     if report:

@@ -218,6 +218,35 @@ def test_a_type_of_tensors_is_no_type_of_models(capsys, kind) -> None:
 
 
 # ---- what guides it
+@pytest.mark.parametrize("budget", [["--bpw", "5"], ["--size", "600kB"], ["--optimize"]])
+def test_a_text_with_a_budget_is_what_is_measured_on(capsys, monkeypatch, budget) -> None:
+    """Beside an importance matrix too; without --calibrate nothing is calibrated on it."""
+    made(capsys, "a/one.gguf", "--fast", "--text", "text.txt", "--save-imatrix", "x.im", "-o", "out.gguf")
+    read: list[str] = []
+
+    def invented(path: Path, text: str, **options: Any) -> dict[str, float]:
+        del options
+        read.append(text)
+        return {each.name: 1.0 for each in open_source(path).weights if takes_type(each.name, each.shape)}
+
+    monkeypatch.setattr(quant.sensitivity, "sensitivities", invented)
+    words = ["a/one.gguf", "--fast", *budget, "--text", "text.txt", "-o", "out.gguf"]
+    for more, said in (
+        ([], ""),
+        (["--imatrix", "x.im"], "importance from"),
+        (["--calibrate"], "calibrated on text.txt"),
+    ):
+        with open_gguf(made(capsys, *words, *more)) as gguf:
+            settings = gguf.metadata["llmq.settings"]
+        assert settings.endswith("by sensitivity on text.txt")
+        assert said in settings
+        assert ("llmq.calibration_sha256" in gguf.metadata) == bool(said)
+        assert ("calibrated" in settings) == ("--calibrate" in more)
+    assert read == [TEXT] * 3
+    assert "--calibrate and --imatrix" in refused(capsys, *words, "--calibrate", "--imatrix", "x.im")
+    assert "--text and --imatrix" in refused(capsys, "a/one.gguf", "--text", "text.txt", "--imatrix", "x.im")
+
+
 def test_an_importance_matrix_of_another_form(capsys) -> None:
     Path("old.dat").write_bytes(b"\x20\0\0\0" + bytes(100))
     said = refused(capsys, "a/one.gguf", "--imatrix", "old.dat", code=4)
