@@ -112,7 +112,7 @@ def follow_stream(making: Making, check_held: Callable[[], None]) -> bool:
         source = open_remote(making.found)
         reports = quantize(source, making.path, making.kind, fast=making.fast, follow=False, held=check_held)
         try:
-            follow(reports, title)
+            follow(reports, title, making.path)
             return True
         except BusyError as error:
             who = f"process {error.holder}" if error.holder else "another process"

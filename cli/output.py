@@ -61,12 +61,12 @@ def check_folders(outputs: Sequence[Path]) -> None:
     """UsageError where no file can be made in the folder of one of them: only making one tells."""
     for path in outputs:
         with explained(path):
-            tempfile.TemporaryFile(dir=_written(path).parent).close()
+            tempfile.TemporaryFile(dir=written(path).parent).close()
 
 
 def check_room(out: Path, n_bytes: int) -> None:
     """ResourceError where the disk has no room for `n_bytes` of `out`."""
-    parts = part_paths(_written(out))
+    parts = part_paths(written(out))
     with explained(out):
         free = shutil.disk_usage(parts[0].parent).free
     there = sum(map(allocated_bytes, parts))
@@ -79,11 +79,11 @@ def check_room(out: Path, n_bytes: int) -> None:
 
 def check_idle(out: Path) -> None:
     """BusyError where a process is writing `out`, which writing it would say only when much has been run."""
-    if is_held(part_paths(_written(out))[0]):
+    if is_held(part_paths(written(out))[0]):
         raise BusyError(f"cannot write {quoted(str(out), 120)}", 0)
 
 
-def _written(path: Path) -> Path:
+def written(path: Path) -> Path:
     """The file that is replaced: of a link in the store itself, elsewhere what it leads to."""
     return path if in_store(path) else Path(os.path.realpath(path))
 

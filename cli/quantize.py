@@ -22,9 +22,11 @@ from cli.output import (
     quantized_type,
     remember,
     why_not_run,
+    written,
 )
 from cli.progress import show_reports
 from cli.screen import note, one_line, show_compiling, size
+from llmq.part import part_paths
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
@@ -146,7 +148,8 @@ def quantize(
         follow=not in_store(out),
         held=check,
     )
-    done = follow(quantized, f"{one_line(source.name, 40)} to {label}")
+    again = f"the same command goes on from here{', given the same text' if text == '-' else ''}"
+    done = follow(quantized, f"{one_line(source.name, 40)} to {label}", out, again)
     remember(making)
     if save_imatrix and isinstance(knowledge.guides, Running):
         write_imatrix(save_imatrix, knowledge.guides.finish())
@@ -157,11 +160,13 @@ def quantize(
     sys.stdout.flush()
 
 
-def follow(quantized: "Iterator[TensorReport]", title: str) -> "list[TensorReport]":
-    """Shows it to its end; stopped before, it leaves what is finished for another run."""
+def follow(
+    quantized: "Iterator[TensorReport]", title: str, out: Path, again: str = "the same command goes on from here"
+) -> "list[TensorReport]":
+    """Shows it to its end; stopped before, it leaves what is finished for another run, and says so."""
     try:
         with contextlib.closing(cast("Generator[TensorReport]", quantized)) as reports:
             return show_reports(reports, title)
     except (KeyboardInterrupt, SystemExit):
-        note("stopped; the same command goes on from here")
+        note(f"stopped; {again}" if part_paths(written(out))[0].exists() else "stopped; nothing of it was done yet")
         raise

@@ -254,6 +254,26 @@ def test_an_importance_matrix_of_another_form(capsys) -> None:
 
 
 # ---- what is said, and when
+@pytest.mark.parametrize(
+    ("n_done", "words", "said"),
+    [
+        (0, ["--text", "text.txt"], "stopped; nothing of it was done yet"),
+        (1, ["--text", "text.txt"], "stopped; the same command goes on from here"),
+        (1, ["--text", "-"], "stopped; the same command goes on from here, given the same text"),
+    ],
+)
+def test_a_stopped_run_promises_what_it_keeps(capsys, monkeypatch, n_done, words, said) -> None:
+    def stopped(reports: Iterator[TensorReport], _title: str) -> None:
+        if n_done:
+            next(reports)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(TEXT.encode())))
+    monkeypatch.setattr("cli.quantize.show_reports", stopped)
+    code, _out, err = llmq(capsys, "quantize", "a/one.gguf", *words)
+    assert (code, err.splitlines()[-1]) == (130, said)
+
+
 def test_all_files_are_there_when_the_reader_of_the_path_is_gone(capsys, monkeypatch) -> None:
     def write(text: str) -> int:
         del text
