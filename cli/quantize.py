@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
@@ -26,7 +27,10 @@ from cli.output import (
 )
 from cli.progress import show_reports
 from cli.screen import note, one_line, show_compiling, size
+from llmq.catalog import is_repository
+from llmq.errors import UsageError, quoted
 from llmq.part import part_paths
+from llmq.store import resolve
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
@@ -35,7 +39,11 @@ if TYPE_CHECKING:
 
 Source = Annotated[
     Path,
-    typer.Argument(metavar="SOURCE", help="A Hugging Face checkpoint folder, or a .gguf file.", show_default=False),
+    typer.Argument(
+        metavar="SOURCE",
+        help="A Hugging Face checkpoint folder, a .gguf file, or the name of an installed model.",
+        show_default=False,
+    ),
 ]
 Out = Annotated[
     Path | None,
@@ -101,6 +109,7 @@ def quantize(
     from quant.size import kind_of
     from quant.source import open_source
 
+    source = find_source(source)
     preset = kind_of(preset)
     overrides = [parse_override(text) for text in tensor_type or ()]
     budget = checked_budget(preset, optimize, file_size, bpw)
@@ -158,6 +167,20 @@ def quantize(
     note(f"{size(out.stat().st_size)} written{'' if trouble else f'; talk to it: {chat_command(out)}'}")
     sys.stdout.write(f"{one_line(str(out), 4096)}\n")  # last, since whoever reads it may have left
     sys.stdout.flush()
+
+
+def find_source(given: Path) -> Path:
+    """A path, with a name where it has none, as `.` has; or the file of a model of the store, by its name."""
+    if given.name in ("", ".."):
+        return Path(os.path.realpath(given))
+    if os.path.lexists(given):
+        return given
+    if is_repository(str(given)):
+        raise UsageError(
+            f"there is no file or folder {quoted(str(given))}; `llmq pull {given} --from-source` makes a model of a "
+            "repository"
+        )
+    return resolve(given)
 
 
 def follow(

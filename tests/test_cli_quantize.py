@@ -217,6 +217,34 @@ def test_a_type_of_tensors_is_no_type_of_models(capsys, kind) -> None:
     assert "--tensor-type" not in refused(capsys, "a/one.gguf", "-q", "q4_9")
 
 
+# ---- what is quantized
+@pytest.mark.parametrize("given", [".", "", "../folder", "../folder/sub/.."])
+def test_a_folder_without_a_name_has_one(models, capsys, monkeypatch, given) -> None:
+    Path("folder/sub").mkdir(parents=True)
+    monkeypatch.chdir("folder")
+    assert "'folder' has neither" in refused(capsys, given)
+    write_checkpoint(Path(), num_hidden_layers=1)
+    assert made(capsys, given, "-q", "q8_0") == models / "folder-q8_0.gguf"
+
+
+def test_a_model_of_the_store_is_a_source_by_its_name(models, capsys) -> None:
+    models.mkdir(parents=True)
+    tiny_gguf(models / "mine-f16.gguf", n_layers=1, format=F16)
+    for name in ("mine-f16", "mine", "mine:f16"):
+        assert made(capsys, name, "-q", "q8_0", "--force") == models / "mine-q8_0.gguf"
+        (models / "mine-q8_0.gguf").unlink()
+    Path("mine").mkdir()
+    assert "'mine' has neither" in refused(capsys, "mine")
+
+
+def test_what_is_not_there_and_how_to_get_it(capsys) -> None:
+    said = refused(capsys, "org/repo")
+    assert "no file or folder 'org/repo'" in said
+    assert "`llmq pull org/repo --from-source`" in said
+    assert "no model is named 'nowhere'" in refused(capsys, "nowhere")
+    assert "there is no file 'nowhere.gguf'" in refused(capsys, "nowhere.gguf")
+
+
 # ---- what guides it
 @pytest.mark.parametrize("budget", [["--bpw", "5"], ["--size", "600kB"], ["--optimize"]])
 def test_a_text_with_a_budget_is_what_is_measured_on(capsys, monkeypatch, budget) -> None:
