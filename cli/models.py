@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 DAY = 86_400
 # Of what a file says of itself: characters in a line, and altogether.
-WIDTH, TEXT_LIMIT = 100, 20_000
+WIDTH, TEXT_LIMIT = 100, 2000
 
 Available = Annotated[
     bool, typer.Option("--available", "--all", "-a", help="List the published models that can be fetched instead.")

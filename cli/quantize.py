@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from cli.guides import Calibrate, Imatrix, SaveImatrix, Text, checked_guides, open_guides, read_words
+from cli.guides import Calibrate, Imatrix, Knowledge, SaveImatrix, Text, checked_guides, open_guides, read_words
 from cli.mix import Bpw, Optimize, Size, checked_budget, choose_mix, expected_bytes, remark_of
 from cli.output import (
     Making,
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
 
     from quant.quantize import TensorReport
+    from quant.source import Source as Opened
 
 Source = Annotated[
     Path,
@@ -100,8 +101,6 @@ def quantize(
     """Make a GGUF file of a checkpoint, or a smaller one of a GGUF file."""
     from cli.report import check_page, write_page
     from llmq.jit import compile_log
-    from quant.guide import Running
-    from quant.imatrix import write_imatrix
     from quant.outputs import check_outputs
     from quant.quantize import quantize as quantize_tensors
     from quant.receipt import settings
@@ -133,10 +132,7 @@ def quantize(
     check = functools.partial(check_replaced, making, force=force)
     check()
     check_room(out, expected_bytes(opened, preset, budget, overrides, calibrated=bool(knowledge.sha256)))
-    if was:
-        note(f"{one_line(source.name, 60)} is {was} already: errors are measured against its weights as they are")
-    if trouble := why_not_run(opened):
-        note(f"{one_line(trouble)}; what is made is for other programs")
+    trouble = tell_of_source(opened, was)
     mix = None
     if words and budget:
         check_idle(out)
@@ -160,13 +156,36 @@ def quantize(
     again = f"the same command goes on from here{', given the same text' if text == '-' else ''}"
     done = follow(quantized, f"{one_line(source.name, 40)} to {label}", out, again)
     remember(making)
-    if save_imatrix and isinstance(knowledge.guides, Running):
-        write_imatrix(save_imatrix, knowledge.guides.finish())
+    if save_imatrix:
+        keep_importance(save_imatrix, knowledge)
     if report:
         write_page(report, source, out, done, run=words is not None, calibrated=bool(knowledge.sha256))
-    note(f"{size(out.stat().st_size)} written{'' if trouble else f'; talk to it: {chat_command(out)}'}")
+    tell_made(out, runs=not trouble)
+
+
+def tell_of_source(source: "Opened", was: str) -> str:
+    """Notes of what to know before it is quantized: that it `was` of a type already, and, given back too, why llmq
+    cannot run what is made of it."""
+    if was:
+        note(f"{one_line(source.name, 60)} is {was} already: errors are measured against its weights as they are")
+    trouble = why_not_run(source)
+    if trouble:
+        note(f"{one_line(trouble)}; what is made is for other programs")
+    return trouble
+
+
+def tell_made(out: Path, *, runs: bool) -> None:
+    note(f"{size(out.stat().st_size)} written{f'; talk to it: {chat_command(out)}' if runs else ''}")
     sys.stdout.write(f"{one_line(str(out), 4096)}\n")  # last, since whoever reads it may have left
     sys.stdout.flush()
+
+
+def keep_importance(path: Path, knowledge: Knowledge) -> None:
+    from quant.guide import Running
+    from quant.imatrix import write_imatrix
+
+    assert isinstance(knowledge.guides, Running)
+    write_imatrix(path, knowledge.guides.finish())
 
 
 def find_source(given: Path) -> Path:
