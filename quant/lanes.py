@@ -135,6 +135,11 @@ def as_half(x):  # type: ignore[no-untyped-def]
 
 
 @strict
+def as_finite_half(x):  # type: ignore[no-untyped-def]
+    return as_half(clamp(x, np.float32(-65504), np.float32(65504)))
+
+
+@strict
 def half_unit(largest, count):  # type: ignore[no-untyped-def]
     """Per lane the half float of which `count` reach `largest` (not negative).
 

@@ -31,6 +31,7 @@ from llmq.simd import (
 from quant.grid import TABLE, UNIFORM, Grid
 from quant.lanes import (
     StrictKernel,
+    as_finite_half,
     as_half,
     clamp,
     divide_or_zero,
@@ -178,7 +179,7 @@ def make_search(has_minima: bool, nearest: Callable[..., Any], name: str) -> Str
             new_scale = divide_or_zero(sum_qx, sum_qq)
             fitted, enough = new_scale * sum_qx, best * splat(1 + SAME_FIT)
             if n_sub == 1:
-                new_scale = as_half(clamp(new_scale, np.float32(-65504), np.float32(65504)))
+                new_scale = as_finite_half(new_scale)
                 fitted, enough = zero - error(x, w, size, low, high, new_scale, zero), best
             scale = where_less(enough, fitted, new_scale, scale)
             best = where_less(enough, fitted, fitted, best)
@@ -188,7 +189,7 @@ def make_search(has_minima: bool, nearest: Callable[..., Any], name: str) -> Str
     def units(values, n_sub, least, most):  # type: ignore[no-untyped-def]
         """Half floats of which the block's values are whole numbers from `least` to `most`, and these numbers."""
         if n_sub == 1:
-            return as_half(clamp(values, np.float32(-65504), np.float32(65504))), splat(1)
+            return as_finite_half(values), splat(1)
         zero = splat(0)
         up, down = group_largest(values, n_sub), group_largest(zero - values, n_sub)
         count = most if least == 0 else -least
@@ -248,7 +249,7 @@ def make_search(has_minima: bool, nearest: Callable[..., Any], name: str) -> Str
         qq = group_sum(scales * scales * sum_qq, n_sub)
         qx = group_sum(scales * sum_qx, n_sub)
         if not has_minima:
-            return as_half(clamp(divide_or_zero(qx, qq), np.float32(-65504), np.float32(65504))), dmin
+            return as_finite_half(divide_or_zero(qx, qq)), dmin
         qm = group_sum(scales * minima * sum_q, n_sub)
         mm = group_sum(minima * minima * sum_w, n_sub)
         mx = group_sum(minima * sum_x, n_sub)
@@ -258,8 +259,7 @@ def make_search(has_minima: bool, nearest: Callable[..., Any], name: str) -> Str
             zero, apart, divide_or_zero(mm * qx - qm * mx, determinant), divide_or_zero(qx + qm * dmin, qq)
         )
         new_dmin = where_less(zero, apart, divide_or_zero(qm * qx - qq * mx, determinant), dmin)
-        limit = np.float32(65504)
-        return as_half(clamp(new_d, -limit, limit)), as_half(clamp(new_dmin, -limit, limit))
+        return as_finite_half(new_d), as_finite_half(new_dmin)
 
     @strict
     def try_units(x, w, size, n_sub, low, high, scale, d, dmin, minima, least, most):  # type: ignore[no-untyped-def]
@@ -303,8 +303,7 @@ def make_search(has_minima: bool, nearest: Callable[..., Any], name: str) -> Str
         A least squares fit is smaller on the whole than what it fits, by the share of squares that is error. Random
         errors of many matrices cancel for the most part; this one is the same in all of them, and adds up.
         """
-        zero, limit = splat(0), np.float32(65504)
-        d, dmin = load_f32x16(params), load_f32x16(params + 64)
+        zero, d, dmin = splat(0), load_f32x16(params), load_f32x16(params + 64)
         scale, minimum = d * load_f32x16(params + 128), dmin * load_f32x16(params + 192)
         inverse, sum_xx, sum_xy = divide_or_zero(splat(1), scale), zero, zero
         for i in range(0, 64 * size, 64):
@@ -313,8 +312,8 @@ def make_search(has_minima: bool, nearest: Callable[..., Any], name: str) -> Str
             sum_xx, sum_xy = sum_xx + value * value, sum_xy + value * made
         gain = divide_or_zero(group_sum(sum_xx, n_sub), group_sum(sum_xy, n_sub))
         gain = clamp(gain, np.float32(1), np.float32(MOST_GAIN))
-        store_f32x16(params, as_half(clamp(d * gain, -limit, limit)))
-        store_f32x16(params + 64, as_half(clamp(dmin * gain, -limit, limit)))
+        store_f32x16(params, as_finite_half(d * gain))
+        store_f32x16(params + 64, as_finite_half(dmin * gain))
 
     @strict
     def set_levels(levels, x, size, low, high, params):  # type: ignore[no-untyped-def]
