@@ -10,6 +10,8 @@ import pytest
 from hub import Hub, serving
 from tiny import tiny_gguf
 
+import quant.sensitivity
+
 # A shell starts jobs in the background with Ctrl-C ignored, and programs that tests start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -37,3 +39,9 @@ def hub() -> Iterator[Hub]:
     with serving() as hub:
         yield hub
         assert not hub.told()
+
+
+@pytest.fixture
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measuring sensitivity is a failure."""
+    monkeypatch.setattr(quant.sensitivity, "sensitivities", lambda *_, **__: pytest.fail("it was measured"))

@@ -12,12 +12,13 @@ from types import ModuleType
 
 import cli_fake
 import pytest
+from cli_runs import llmq
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cli import screen
 from cli.commands import COMMANDS
-from cli.main import execute, os_error_line
+from cli.main import os_error_line
 from cli.reply import figures
 from llmq import __version__
 
@@ -37,12 +38,6 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     module = cli_fake.module()
     monkeypatch.setitem(sys.modules, "llmq.model", module)
     return module
-
-
-def llmq(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    code = execute(list(arguments))
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
 
 
 def feed(monkeypatch: pytest.MonkeyPatch, text: str) -> None:

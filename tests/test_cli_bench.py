@@ -10,13 +10,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+from cli_runs import llmq
 from conftest import Tiny
 from hypothesis import given
 from hypothesis import strategies as st
 from test_catalog import PUBLISHED
 
 from cli.forecast import forecast
-from cli.main import execute
 from llmq import machine, speed
 from llmq.errors import UsageError
 from llmq.figures import Machine
@@ -41,12 +41,6 @@ def model(tiny_model: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(machine, "measure_and_remember", lambda _n, _tell: MACHINE)
     monkeypatch.setattr(speed, "measure_layer", lambda _n, _tell: LAYER)
     return tiny_model(n_layers=1)[0]
-
-
-def llmq(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
-    code = execute([str(argument) for argument in arguments])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
 
 
 def cells(line: str) -> list[str]:

@@ -10,12 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from cli_runs import llmq
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import tiny_gguf
 
 from cli.fit import check_fit, choose_contexts, judge_download
-from cli.main import execute
 from llmq import figures
 from llmq.errors import ResourceError, UsageError
 from llmq.figures import Machine
@@ -40,12 +40,6 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def free(monkeypatch: pytest.MonkeyPatch, memory: float, disk: float) -> None:
     monkeypatch.setattr(fit, "memory_free", lambda: int(memory))
     monkeypatch.setattr(fit, "disk_free", lambda _folder: int(disk))
-
-
-def llmq(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
-    code = execute([str(argument) for argument in arguments])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
 
 
 def cells(line: str) -> list[str]:

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 from checkpoints import write_checkpoint
+from cli_runs import llmq, made
 from tiny import tiny_gguf
 
 import quant.sensitivity
 from cli import quantize as module
-from cli.main import execute
 from llmq.formats import F16, Q4_0, Q8_0
 from llmq.gguf import open_gguf
 from quant.recipe import takes_type
@@ -51,23 +51,6 @@ def sensitivity(monkeypatch: pytest.MonkeyPatch) -> None:
         return {name: 1 / (1 + 7 * i % 5) for i, name in enumerate(names)}
 
     monkeypatch.setattr(quant.sensitivity, "sensitivities", invented)
-
-
-@pytest.fixture
-def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quant.sensitivity, "sensitivities", lambda *_, **__: pytest.fail("it was measured"))
-
-
-def llmq(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
-    code = execute([str(argument) for argument in arguments])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
-
-
-def made(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> Path:
-    code, out, err = llmq(capsys, "quantize", *arguments)
-    assert code == 0, err
-    return Path(out.rstrip("\n"))
 
 
 def digest(path: Path) -> str:

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 from checkpoints import write_checkpoint
+from cli_runs import llmq
 from hostile import HOSTILE
 from tiny import tiny_gguf
 
-from cli.main import execute
 from llmq.catalog import CatalogEntry, catalog
 from llmq.formats import F16, F32, Q4_K, Q6_K, Q8_0
 from llmq.gguf import GGUFWriter, TensorSpec, open_gguf
@@ -28,12 +28,6 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "home" / "models"
     folder.mkdir(parents=True)
     return folder
-
-
-def llmq(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
-    code = execute([str(argument) for argument in arguments])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
 
 
 def test_list_names_every_model_and_its_size(models, capsys) -> None:

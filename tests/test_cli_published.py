@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 from checkpoints import write_checkpoint
+from cli_runs import llmq
 from hub import Hub
 from pull_fake import INSTEAD
 from tiny import tiny_gguf
 
-from cli.main import execute
 from llmq.formats import Q4_K, Q8_0
 
 FILES, WEIGHTS = "org/Tiny-7B-GGUF", "org/Tiny-7B"
@@ -36,12 +36,6 @@ def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub: Hub) -> dict
         if not file.name.endswith(".safetensors"):
             hub.small.add(file.name)
     return sizes
-
-
-def llmq(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    code = execute(list(arguments))
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
 
 
 def told(capsys: pytest.CaptureFixture[str], what: str) -> tuple[dict[str, int], str]:

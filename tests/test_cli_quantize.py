@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 from checkpoints import write_checkpoint
+from cli_runs import llmq, made
 from rich.progress import Progress
 from tiny import tiny_gguf
 
 import quant.sensitivity
 from cli import progress
-from cli.main import execute
 from cli.mix import checked_budget, expected_bytes
 from llmq.formats import F16, Q4_K, Q8_0
 from llmq.gguf import open_gguf
@@ -43,23 +43,6 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         tiny_gguf(Path(name, "one.gguf"), n_layers=1, format=F16, seed=seed)
     Path("text.txt").write_text(TEXT)
     return tmp_path / "home" / "models"
-
-
-@pytest.fixture
-def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quant.sensitivity, "sensitivities", lambda *_, **__: pytest.fail("it was measured"))
-
-
-def llmq(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
-    code = execute([str(argument) for argument in arguments])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
-
-
-def made(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> Path:
-    code, out, err = llmq(capsys, "quantize", *arguments)
-    assert code == 0, err
-    return Path(out.rstrip("\n"))
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path, code: int = 2) -> str:

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 from cli_fake import module as fake_model
+from cli_runs import llmq
 from tiny import tiny_gguf
 
 import cli.store
-from cli.main import execute
 from cli.models import ago
 from llmq import elsewhere
 from llmq.errors import ResourceError
@@ -50,12 +50,6 @@ def file(tmp_path: Path, content: bytes) -> Path:
     path.parent.mkdir()
     path.write_bytes(content)
     return path
-
-
-def llmq(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
-    code = execute([str(argument) for argument in arguments])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path, code: int = 2) -> str:
