@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cli.fit import check_fit, judge_download
-from cli.output import identity
+from cli.output import identity, write_origin
 from cli.progress import content_of
 from cli.published import config_at
 from cli.quantize import follow
@@ -127,14 +127,11 @@ def follow_stream(making: Making, check_held: Callable[[], None]) -> bool:
 
 def remember(making: Making) -> None:
     """Writes the record of what is made, unless there is one that says where the file came from."""
-    from llmq.records import current_record, write_record
+    from llmq.records import current_record
 
-    record, before = current_record(making.path), identity(making.path)
-    if record and record.origin:
-        return
-    sha256 = content_of(making.path)
-    if identity(making.path) == before:  # else it is another process's, and so is its record
-        write_record(making.path, sha256, making.origin)
+    record = current_record(making.path)
+    if not (record and record.origin):
+        write_origin(making.path, making.origin)
 
 
 def judge(making: Making, context: int | None, *, force: bool) -> None:

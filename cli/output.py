@@ -118,10 +118,15 @@ def remember(making: Making) -> None:
     drop_record(making.path)
     if not in_store(making.path):
         return
-    before = identity(making.path)
-    sha256 = content_of(making.path)
-    if identity(making.path) == before:  # else it is another process's, and so is its record
-        write_record(making.path, sha256, making.origin)
+    write_origin(making.path, making.origin)
+
+
+def write_origin(path: Path, origin: str) -> None:
+    """Writes the record of a file of the store that was just made."""
+    before = identity(path)
+    sha256 = content_of(path)
+    if identity(path) == before:  # else it is another process's, and so is its record
+        write_record(path, sha256, origin)
 
 
 def identity(path: Path) -> tuple[int, ...]:
